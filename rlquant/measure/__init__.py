@@ -1,0 +1,40 @@
+"""The evidence: what a policy scores, what it keeps of the reference's reward, its size and its speed."""
+
+from rlquant.measure.agreement import ACTION_TOLERANCE, Agreement, QGap, action_agreement, q_gap
+from rlquant.measure.latency import Latency, measure_latency, single_thread
+from rlquant.measure.measurement import Measurement, Score, Size, WeightHistogram, weight_histogram
+from rlquant.measure.memory import available_bytes, peak_rss_bytes
+from rlquant.measure.results import SCHEMA, plain, results_document, validate_results
+from rlquant.measure.retention import MORE_EPISODES_CAP, Retention, Verdict, compare
+from rlquant.measure.statistics import Interval, iqm, mean_interval, std, worst_decile
+
+__all__ = [
+    "ACTION_TOLERANCE",
+    "MORE_EPISODES_CAP",
+    "SCHEMA",
+    "Agreement",
+    "Interval",
+    "Latency",
+    "Measurement",
+    "QGap",
+    "Retention",
+    "Score",
+    "Size",
+    "Verdict",
+    "WeightHistogram",
+    "action_agreement",
+    "available_bytes",
+    "compare",
+    "iqm",
+    "mean_interval",
+    "measure_latency",
+    "peak_rss_bytes",
+    "plain",
+    "q_gap",
+    "results_document",
+    "single_thread",
+    "std",
+    "validate_results",
+    "weight_histogram",
+    "worst_decile",
+]
