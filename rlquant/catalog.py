@@ -1,0 +1,92 @@
+"""Finds what rlquant ships - agents, environment cards and recipes - by name.
+
+``agents/``, ``envs/`` and ``recipes/`` are data, not packages: nothing imports them. In a wheel they lie under
+``rlquant/_data/``; in an editable install they are the sibling folders of the package, used only where the
+adjacent ``pyproject.toml`` says ``name = "rlquant"``, so that a stranger's ``agents/`` is never taken for ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlquant.errors import InputError, unknown_name
+
+__all__ = ["agent_card", "agent_folder", "agents", "data_root", "env_card", "envs", "recipes", "register_env"]
+
+
+@cache
+def data_root() -> Path:
+    """The folder that holds ``agents/``, ``envs/`` and ``recipes/``."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_data"
+    if installed.is_dir():
+        return installed
+    project = package.parent / "pyproject.toml"
+    if project.is_file() and 'name = "rlquant"' in project.read_text(encoding="utf-8"):
+        return package.parent
+    raise InputError(
+        f"the shipped agents and environments are missing beside {package}; reinstall with: pip install rlquant"
+    )
+
+
+def agents() -> list[str]:
+    """Names of the shipped agents, sorted."""
+    return sorted(card.parent.name for card in (data_root() / "agents").glob("*/card.yml"))
+
+
+def agent_folder(name: str) -> Path:
+    """The folder of a shipped agent: ``agent.zip`` and ``card.yml``."""
+    if name not in agents():
+        raise unknown_name("agent", name, agents())
+    return data_root() / "agents" / name
+
+
+def agent_card(name: str) -> dict[str, Any]:
+    """The card of a shipped agent: algorithm, hyper-parameters, seed, score, sha256."""
+    return _read_yaml(agent_folder(name) / "card.yml")
+
+
+def envs() -> list[str]:
+    """Ids of the environments that have a card, sorted."""
+    return sorted(path.stem for path in (data_root() / "envs").glob("*.yml"))
+
+
+def env_card(env_id: str) -> dict[str, Any] | None:
+    """The card of an environment (make-kwargs, control rate, random score), or None where there is none."""
+    path = data_root() / "envs" / f"{env_id}.yml"
+    return _read_yaml(path) if env_id in envs() else None
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in (data_root() / "recipes").glob("*.py"))
+
+
+@cache
+def register_env(env_id: str) -> None:
+    """Register a custom environment of ours with gymnasium, by running its single file; others need nothing."""
+    card = env_card(env_id)
+    if card is None or not card.get("module"):
+        return
+    path = data_root() / "envs" / card["module"]
+    spec = importlib.util.spec_from_file_location(f"rlquant_envs_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"the environment file {path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    # gymnasium names the class by its module, and worker processes and wrappers look it up there.
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} is not a card: expected a YAML mapping")
+    return loaded
