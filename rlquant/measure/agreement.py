@@ -139,7 +139,7 @@ def _action_range(
     reference: NDArray[np.float64], low: ArrayLike | None, high: ArrayLike | None
 ) -> NDArray[np.float64]:
     """Range of each component, array [dimensions]; without finite bounds, that of the reference's actions."""
-    own = reference.max(axis=0) - reference.min(axis=0)
+    own: NDArray[np.float64] = np.ptp(reference, axis=0)
     if low is None or high is None:
         return own
     bounded = (np.asarray(high, dtype=np.float64) - np.asarray(low, dtype=np.float64)).reshape(-1)

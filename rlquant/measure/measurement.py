@@ -58,7 +58,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes: of the packed ``weights`` with their scales, and of the ``artifact`` on disk (None if not written)."""
+    """Bytes: of the packed ``weights`` with scales, and of the ``artifact`` on disk (None if not written)."""
 
     weights: int
     artifact: int | None = None

@@ -7,10 +7,11 @@ score it is 1 for "as good as the reference" and 0 for "as good as acting at ran
 all scores are shifted or scaled.
 
 The interval is a paired bootstrap: one resample draws the same episodes for both policies, so luck that both
-share (the initial state) cancels. It uses percentiles rather than BCa because they commute with the ratio: while
-the denominator is positive, "ratio >= c" is the same event as "mean(candidate - c * reference - (1 - c) * random)
->= 0". The verdict is then exactly a one-sided paired bootstrap test of that linear contrast at c = 1 - margin,
-free of the bias of ratios and of an acceleration constant estimated from few episodes.
+share (the initial state) cancels. It uses percentiles rather than BCa because they commute with the ratio:
+while the denominator is positive, "ratio >= c" is the same event as
+"mean(candidate - c * reference - (1 - c) * random) >= 0". The verdict is then exactly a one-sided paired
+bootstrap test of that linear contrast at c = 1 - margin, free of the bias of ratios and of an acceleration
+constant estimated from few episodes.
 
 The verdict is a non-inferiority test (as in drug trials): keeping the reward must be shown, not merely not
 refuted.
@@ -24,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 from rlquant.errors import InputError
 from rlquant.measure.statistics import (
@@ -41,6 +43,7 @@ Verdict = Literal["retained", "lost", "undecided"]
 MORE_EPISODES_CAP = 10_000
 """``Retention.more_episodes`` never exceeds this; at the cap the value sits (nearly) on the line."""
 
+_POWER = 0.8  # chance that the episodes asked for decide, if the true ratio is the measured one
 _TOLERANCE = 1e-12  # rounding of a mean must not turn a tie with the line into a loss
 _NO_INTERVAL: Interval = (math.nan, math.nan)
 
@@ -53,8 +56,8 @@ class Retention:
         value: the ratio; NaN where the reference is not clearly better than random.
         ci: (low, high) of the ratio; NaN where it is undefined.
         verdict: "retained" (ci low >= 1 - margin), "lost" (ci high < 1 - margin) or "undecided".
-        more_episodes: how many more episodes would decide if the ratio stays as measured; None when decided
-            or when no number would help. At most MORE_EPISODES_CAP.
+        more_episodes: how many more episodes would decide with 80% probability, if the true ratio is the one
+            measured; None when decided or when no number would help. At most MORE_EPISODES_CAP.
         reason: one sentence that says why.
     """
 
@@ -151,11 +154,13 @@ def _ratio_interval(means: NDArray[np.float64], tail: float) -> Interval:
 
 def _no_reward(reference_gain: float, floor: float, n: int, confidence: float) -> Retention:
     reason = (
-        f"the reference is not clearly better than random: its mean lies {reference_gain:.4g} above the random "
-        f"score and the {_percent(confidence)} interval of that gain starts at {floor:.4g}, "
+        f"the reference is not clearly better than random: its mean minus the random score is "
+        f"{reference_gain:.4g} and the {_percent(confidence)} interval of that gain starts at {floor:.4g}, "
         "so there is no reward to keep"
     )
-    more = _episodes_until(reference_gain - floor, reference_gain, n) if reference_gain > 0 else None
+    more = (
+        _more_episodes(reference_gain - floor, reference_gain, n, confidence) if reference_gain > 0 else None
+    )
     return Retention(math.nan, _NO_INTERVAL, "undecided", more, reason)
 
 
@@ -171,18 +176,24 @@ def _judge(value: float, ci: Interval, n: int, line: float, confidence: float) -
     if high < line - _TOLERANCE:
         return Retention(value, ci, "lost", None, f"{span} ends below {line:.4g}")
     reach = value - low if value >= line else high - value
-    more = _episodes_until(reach, abs(value - line), n)
+    more = _more_episodes(reach, abs(value - line), n, confidence)
     reason = f"{span} contains {line:.4g}"
     if more == MORE_EPISODES_CAP:
         reason += f", and {value:.4g} lies so near it that even {more} more might not decide"
     return Retention(value, ci, "undecided", more, reason)
 
 
-def _episodes_until(reach: float, distance: float, n: int) -> int:
-    """Episodes to add to ``n`` until an interval end shrinks from ``reach`` to ``distance``, as 1 / sqrt(n)."""
-    if distance <= 0 or reach / distance > math.sqrt(1 + MORE_EPISODES_CAP / n):
+def _more_episodes(reach: float, distance: float, n: int, confidence: float) -> int:
+    """Episodes to add to ``n`` so that an interval end, now ``reach`` off, clears a line ``distance`` off.
+
+    An interval shrinks as 1 / sqrt(n). To shrink it to ``distance`` would decide only half of the time, for
+    the next value falls on either side of this one: it has to shrink by a power calculation's factor more.
+    """
+    z = float(ndtri(0.5 + confidence / 2))
+    growth = (reach / distance * (1 + float(ndtri(_POWER)) / z)) ** 2 if distance > 0 else math.inf
+    if growth > 1 + MORE_EPISODES_CAP / n:
         return MORE_EPISODES_CAP
-    return min(MORE_EPISODES_CAP, max(1, math.ceil(n * (reach / distance) ** 2) - n))
+    return max(1, math.ceil(n * growth) - n)
 
 
 def _percent(confidence: float) -> str:
