@@ -1,0 +1,68 @@
+"""The mathematics of quantization: number formats, affine maps, observers, layers and post-training methods.
+
+>>> import torch
+>>> from rlquant.quant import quantize_, weight_bytes
+>>> policy = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
+>>> weight_bytes(policy)
+3344
+>>> weight_bytes(quantize_(policy, "int4"))
+928
+"""
+
+from rlquant.quant.affine import QParams, dequantize, fake_quantize, qparams_from_range, quantize
+from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
+from rlquant.quant.granularity import Granularity
+from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from rlquant.quant.methods import METHODS, Method, Site, empty_layer, get_method
+from rlquant.quant.metrics import max_error, mse, sqnr_db
+from rlquant.quant.observers import Observer, weight_qparams
+from rlquant.quant.packing import pack, packed_size, unpack
+from rlquant.quant.quantize import prepare_empty_, quantizable, quantize_
+from rlquant.quant.ranges import OBSERVERS, get_observer
+from rlquant.quant.recurrent import QuantGRU, QuantLSTM
+from rlquant.quant.scheme import SCHEME_EXAMPLES, Scheme, scheme_choices
+from rlquant.quant.size import LayerSize, size_table, weight_bytes
+from rlquant.quant.tensor import QuantizedWeight
+
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "OBSERVERS",
+    "SCHEME_EXAMPLES",
+    "Format",
+    "Granularity",
+    "LayerSize",
+    "Method",
+    "Observer",
+    "QParams",
+    "QuantConv2d",
+    "QuantGRU",
+    "QuantLSTM",
+    "QuantLinear",
+    "QuantizedLayer",
+    "QuantizedWeight",
+    "Scheme",
+    "Site",
+    "dequantize",
+    "empty_layer",
+    "fake_quantize",
+    "get_format",
+    "get_method",
+    "get_observer",
+    "max_error",
+    "mse",
+    "pack",
+    "packed_size",
+    "prepare_empty_",
+    "qparams_from_range",
+    "quantizable",
+    "quantize",
+    "quantize_",
+    "scheme_choices",
+    "size_table",
+    "sqnr_db",
+    "unpack",
+    "unsigned",
+    "weight_bytes",
+    "weight_qparams",
+]

@@ -1,0 +1,105 @@
+"""Calibration: run data through a float module and collect what its layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlquant.errors import InputError
+from rlquant.quant.affine import QParams
+from rlquant.quant.observers import Observer
+from rlquant.quant.recurrent import run_float_layers
+from rlquant.quant.scheme import Scheme
+
+__all__ = ["Calibration", "InputStatistic", "RangeStatistic", "run_calibration"]
+
+Calibration = Iterable[Any] | Tensor
+
+
+class InputStatistic(Protocol):
+    """What a method gathers from the inputs of one layer, such as ranges or ``X^T X``."""
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """Take in the arguments of one forward call of the layer."""
+
+
+class RangeStatistic:
+    """Observers for the activations of one layer, named as its static quantizers are."""
+
+    def __init__(self, name: str, layer: nn.Module, scheme: Scheme) -> None:
+        assert scheme.activations is not None
+        self.name, self.layer = name, layer
+        if isinstance(layer, nn.LSTM | nn.GRU):
+            keys = [f"{part}_quant_l{k}" for k in range(layer.num_layers) for part in ("input", "hidden")]
+        else:
+            keys = ["input_quant"]
+        self.observers = {key: Observer(scheme.activations, scheme.activation_observer) for key in keys}
+
+    def observe(self, x: Tensor, hx: Any = None) -> None:
+        """Observe the input of a layer; for recurrent layers also the hidden states."""
+        seen = [x]
+        if isinstance(self.layer, nn.LSTM | nn.GRU):
+            seen = [part for pair in run_float_layers(self.layer, x, hx) for part in pair]
+        for observer, part in zip(self.observers.values(), seen, strict=True):
+            observer.observe(part, f"the calibration input of layer {self.name!r}")
+
+    def qparams(self) -> dict[str, QParams]:
+        """The chosen qparams by quantizer name. Raises InputError where no data reached the layer."""
+        if any(observer.count == 0 for observer in self.observers.values()):
+            raise InputError(
+                f"calibration never reached layer {self.name!r}, so its activation range is unknown: "
+                "name it in skip, or calibrate with data that uses it"
+            )
+        return {key: observer.qparams() for key, observer in self.observers.items()}
+
+
+def run_calibration(
+    module: nn.Module,
+    calibration: Calibration,
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, list[InputStatistic]],
+) -> None:
+    """Run the batches through ``module`` in eval mode without gradients and feed the layers' statistics.
+
+    A tuple is the positional arguments of one call; anything else is the only argument; a bare tensor is one
+    batch. Raises InputError where there is no batch.
+    """
+    batches = [calibration] if isinstance(calibration, Tensor) else calibration
+    count = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_eval_mode(module))
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(_feed(statistics[name]), with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in batches:
+            module(*batch) if isinstance(batch, tuple) else module(batch)
+            count += 1
+    if count == 0:
+        raise InputError("calibration holds no batch: give at least one input of the module")
+
+
+def _feed(statistics: list[InputStatistic]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for statistic in statistics:
+            # nn.Linear and nn.Conv2d call their argument `input`, as do the recurrent layers.
+            positional = (kwargs["input"], *args) if "input" in kwargs else args
+            statistic.observe(*positional, **{key: value for key, value in kwargs.items() if key != "input"})
+
+    return hook
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode for every part, and each part's own mode back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,120 @@
+"""Quantized Linear and Conv2d: packed weights at rest, fake-quantized arithmetic in float.
+
+Each forward is the float operation on the fake-quantized input and the dequantized weight, so its result is
+what an integer runtime of the same numbers computes, up to float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlquant.quant.activations import StaticQuantizer, activation_quantizer
+from rlquant.quant.affine import QParams, require_finite
+from rlquant.quant.scheme import Scheme
+from rlquant.quant.tensor import QuantizedWeight
+
+__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer"]
+
+
+class QuantizedLayer(nn.Module):
+    """What every quantized layer has: its scheme, and quantizers for the activations it names."""
+
+    scheme: Scheme
+
+    def load_float(self, layer: Any, packed: Any = None) -> None:
+        """Take the weights of the float layer of the same sizes, or packed ones that a method chose."""
+        raise NotImplementedError
+
+    def activation_quantizers(self) -> dict[str, StaticQuantizer]:
+        """The static quantizers by name, such as ``input_quant``; none in weight-only and dynamic schemes."""
+        return {name: part for name, part in self.named_children() if isinstance(part, StaticQuantizer)}
+
+    def set_activations(self, qparams: dict[str, QParams]) -> None:
+        """Give every static quantizer its calibrated qparams."""
+        for name, quantizer in self.activation_quantizers().items():
+            quantizer.set(qparams[name])
+
+
+class _OneWeight(QuantizedLayer):
+    """A layer of one weight and one input. Buffers: ``packed.*``, ``bias``, ``input_quant.*`` (static)."""
+
+    bias: Tensor | None
+    packed: QuantizedWeight
+    input_dims = 1
+
+    def _build(self, layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.packed = QuantizedWeight(tuple(layer.weight.shape), scheme)
+        self.register_buffer("bias", None if layer.bias is None else torch.zeros_like(layer.bias.detach()))
+        self.input_quant = activation_quantizer(scheme, self.input_dims)
+
+    def load_float(self, layer: nn.Linear | nn.Conv2d, packed: QuantizedWeight | None = None) -> None:
+        """Take the layer's weight, rounded to nearest, or ``packed`` where a method chose the codes."""
+        require_finite(layer.weight, "the weight")
+        self.packed = packed or QuantizedWeight.from_float(layer.weight, self.scheme)
+        if layer.bias is not None:
+            require_finite(layer.bias, "the bias")
+            self.bias = layer.bias.detach().clone()
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, float32."""
+        return self.packed.cached()
+
+
+class QuantLinear(_OneWeight):
+    """``nn.Linear`` with a quantized weight and, by scheme, a quantized input.
+
+    Input ``[..., in_features]`` -> output ``[..., out_features]``, in the input's dtype.
+    """
+
+    def __init__(self, layer: nn.Linear, scheme: Scheme) -> None:
+        """An empty layer of ``layer``'s sizes: fill it with :meth:`load_float` or ``load_state_dict``."""
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._build(layer, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The affine map of ``x``."""
+        return F.linear(self.input_quant(x), self.packed.cached(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class QuantConv2d(_OneWeight):
+    """``nn.Conv2d`` with a quantized weight and, by scheme, a quantized input (dynamic: a range per image).
+
+    Input ``[N, C, H, W]`` or ``[C, H, W]``, with the stride, padding, dilation, groups and padding mode of
+    the layer it replaces. Zero padding is exact: zero lies on every activation grid.
+    """
+
+    input_dims = 3
+
+    def __init__(self, layer: nn.Conv2d, scheme: Scheme) -> None:
+        """An empty layer of ``layer``'s sizes: fill it with :meth:`load_float` or ``load_state_dict``."""
+        super().__init__()
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+        self.dilation, self.groups, self.padding_mode = layer.dilation, layer.groups, layer.padding_mode
+        self._border = list(layer._reversed_padding_repeated_twice)
+        self._build(layer, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The cross-correlation of ``x``."""
+        x, weight = self.input_quant(x), self.packed.cached(x.dtype)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.pad(x, self._border, mode=self.padding_mode)
+        return F.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )

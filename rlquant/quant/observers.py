@@ -1,0 +1,108 @@
+"""Observers: choose the qparams of a weight that is at hand, or of activations that stream past.
+
+A weight is given whole. Activations come batch by batch and are too many to keep, so an :class:`Observer`
+keeps the two extremes, exactly, and a uniform random sample of bounded size, from a seeded generator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlquant.errors import InputError
+from rlquant.quant.affine import QParams, qparams_from_range, require_finite
+from rlquant.quant.formats import Format
+from rlquant.quant.granularity import Granularity, as_matrix, row_chunks
+from rlquant.quant.ranges import Range, RangeRule, get_observer, mse
+
+__all__ = ["Observer", "weight_qparams"]
+
+SAMPLE_SIZE = 2**16
+
+
+class Observer:
+    """Chooses one range for a stream of activation batches of any shape.
+
+    The sample is uniform without replacement: every value draws a random key and the largest ``sample_size``
+    keys stay. The result depends on the seed and on the order of the batches, nothing else.
+    """
+
+    def __init__(
+        self, fmt: Format, observer: str = "minmax", *, sample_size: int = SAMPLE_SIZE, seed: int = 0
+    ) -> None:
+        self.fmt = fmt
+        self.rule = get_observer(observer)
+        self.sample_size = (
+            0 if observer == "minmax" else sample_size
+        )  # the extremes are all that minmax reads
+        self.count = 0
+        self._extremes = torch.empty(0)
+        self._sample = torch.empty(0)
+        self._keys = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def observe(self, x: Tensor, what: str = "the observed tensor") -> None:
+        """Take in a batch: float, any shape. Raises InputError naming ``what`` for NaN or Inf."""
+        if x.numel() == 0:
+            return
+        require_finite(x, what)
+        flat = x.detach().reshape(-1).to("cpu", torch.float32)
+        self.count += flat.numel()
+        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, flat])))
+        if self.sample_size:
+            self._take_sample(flat)
+
+    def qparams(self) -> QParams:
+        """Scalar qparams (shape ``[]``) of what was seen. Raises InputError where that is nothing."""
+        if self.count == 0:
+            raise InputError("nothing was observed, so no range can be chosen: run calibration data first")
+        # With the extremes in the sample, a rule sees the true range however small the sample is.
+        values = torch.cat([self._sample, self._extremes])[None]
+        low, high = self.rule(values, self.fmt)
+        return qparams_from_range(low[0], high[0], self.fmt)
+
+    def _take_sample(self, flat: Tensor) -> None:
+        keys = torch.rand(flat.numel(), generator=self._generator)
+        if self._keys.numel() == self.sample_size:
+            chosen = keys > self._keys.min()
+            flat, keys = flat[chosen], keys[chosen]
+        values, keys = torch.cat([self._sample, flat]), torch.cat([self._keys, keys])
+        kept = keys.topk(min(self.sample_size, keys.numel())).indices
+        self._sample, self._keys = values[kept], keys[kept]
+
+
+def weight_qparams(
+    weight: Tensor, fmt: Format, granularity: Granularity, observer: str = "minmax"
+) -> QParams:
+    """Qparams of a weight ``[out, ...]``; scale and zero point have ``granularity.scale_shape``.
+
+    Raises InputError for NaN or Inf. Under ``mse`` a group may also take the range of its channel, so the
+    squared error of a channel never grows when it is split into groups.
+    """
+    rule = get_observer(observer)
+    require_finite(weight, "the weight")
+    matrix = as_matrix(weight.detach()).to(torch.float32)
+    channel = _ranges(matrix, fmt, rule) if granularity.kind == "group" and rule is mse else None
+    parts = []
+    for blocks in granularity.blocks(matrix):
+        offered = None
+        if channel is not None:
+            per_row = len(blocks) // len(matrix)
+            offered = (channel[0].repeat_interleave(per_row), channel[1].repeat_interleave(per_row))
+        low, high = _ranges(blocks, fmt, rule, offered)
+        rows = 1 if granularity.kind == "tensor" else len(matrix)
+        parts.append((low.view(rows, -1), high.view(rows, -1)))
+    lows, highs = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
+    return qparams_from_range(lows, highs, fmt)
+
+
+def _ranges(blocks: Tensor, fmt: Format, rule: RangeRule, offered: Range | None = None) -> Range:
+    """The rule over chunks of rows, so that its temporaries stay small."""
+    parts = []
+    for rows in row_chunks(*blocks.shape):
+        if offered is None:
+            parts.append(rule(blocks[rows], fmt))
+        else:
+            parts.append(mse(blocks[rows], fmt, offered=(offered[0][rows], offered[1][rows])))
+    lows, highs = zip(*parts, strict=True)
+    return torch.cat(lows), torch.cat(highs)

@@ -1,0 +1,138 @@
+"""A quantized weight: packed codes, scales and zero points, exactly as an artifact stores them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlquant.errors import InputError
+from rlquant.quant.affine import QParams, dequantize, quantize
+from rlquant.quant.granularity import as_matrix, row_chunks
+from rlquant.quant.observers import weight_qparams
+from rlquant.quant.packing import pack, packed_size, unpack
+from rlquant.quant.scheme import Scheme
+
+__all__ = ["QuantizedWeight"]
+
+
+class QuantizedWeight(nn.Module):
+    """A weight ``[out, ...]`` under a scheme. The constructor makes an empty one of the right sizes.
+
+    Buffers, which are also its state dict:
+
+    - ``codes``: uint8 ``[ceil(numel * bits / 8)]``, the packed codes in row-major order
+    - ``scale``: float32 ``[scale_rows, groups]``; absent for plain casts (fp16, bf16)
+    - ``zero_point``: uint8, packed at ``bits`` bits in the order of the scales; asymmetric schemes only
+
+    Scales are float32, so that an integer runtime requantizes with the very numbers used here; float16 would
+    save 16 bits a group but underflows for weights below 1e-5. They stay float32 under ``.half()`` too.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], scheme: Scheme) -> None:
+        super().__init__()
+        if scheme.is_identity:
+            raise InputError(f"{scheme.name} leaves weights as they are: there is nothing to store quantized")
+        self.shape = tuple(shape)
+        self.scheme = scheme
+        rows, columns = as_matrix(torch.empty(self.shape, device="meta")).shape
+        scale_shape = scheme.granularity.scale_shape(rows, columns)
+        bits = scheme.stored.bits
+        zero_point_bytes = packed_size(math.prod(scale_shape), bits)
+        self.register_buffer("codes", torch.zeros(packed_size(rows * columns, bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(scale_shape) if scheme.stored.is_scaled else None)
+        self.register_buffer(
+            "zero_point", None if scheme.symmetric else torch.zeros(zero_point_bytes, dtype=torch.uint8)
+        )
+        self._cache: Tensor | None = None
+
+    @classmethod
+    def from_float(cls, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+        """Round ``weight`` to nearest with the qparams of the scheme's observer. Refuses NaN and Inf."""
+        stored = scheme.stored
+        qparams = None
+        if stored.is_scaled:
+            qparams = weight_qparams(weight, stored, scheme.granularity, scheme.observer)
+        matrix = as_matrix(weight.detach())
+        codes = torch.empty(matrix.shape, dtype=stored.code_dtype, device=weight.device)
+        for rows in row_chunks(*matrix.shape):
+            part = matrix[rows].to(torch.float32)
+            if qparams is None:
+                codes[rows] = stored.encode(part)
+            else:
+                codes[rows] = quantize(part, _rows(qparams, scheme, rows, matrix.shape[1]), stored)
+        return cls.from_codes(codes.view(weight.shape), qparams, scheme)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, qparams: QParams | None, scheme: Scheme) -> QuantizedWeight:
+        """Pack codes ``[out, ...]`` that were chosen elsewhere; ``qparams`` have the scheme's scale shape."""
+        self = cls(tuple(codes.shape), scheme).to(codes.device)
+        bits = scheme.stored.bits
+        self.codes = pack(codes, bits)
+        if qparams is not None:
+            self.scale = qparams.scale.to(torch.float32).contiguous()
+            if qparams.zero_point is not None:
+                self.zero_point = pack(qparams.zero_point, bits)
+        return self
+
+    def unpacked(self) -> Tensor:
+        """The codes: int32 of the weight's shape, bit patterns in ``0 .. 2**bits - 1``."""
+        return unpack(self.codes, self.scheme.stored.bits, math.prod(self.shape)).view(self.shape)
+
+    def qparams(self) -> QParams | None:
+        """Scale and zero point ``[scale_rows, groups]``; None for plain casts."""
+        if self.scale is None:
+            return None
+        if self.zero_point is None:
+            return QParams(self.scale)
+        zero_point = unpack(self.zero_point, self.scheme.stored.bits, self.scale.numel())
+        return QParams(self.scale, zero_point.view(self.scale.shape))
+
+    def dequantize(self) -> Tensor:
+        """The real weight: float32 of the weight's shape, computed afresh."""
+        matrix = as_matrix(self.unpacked())
+        qparams = self.qparams()
+        if qparams is None:
+            return self.scheme.stored.decode(matrix).view(self.shape)
+        spread = _rows(qparams, self.scheme, slice(None), matrix.shape[1])
+        return dequantize(matrix, spread, self.scheme.stored).view(self.shape)
+
+    def cached(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """:meth:`dequantize` in ``dtype``, kept until the buffers change; not part of the state dict."""
+        if self._cache is None or self._cache.dtype != dtype:
+            # An inference tensor in the cache would break a later forward that records gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = self.dequantize().to(dtype)
+        return self._cache
+
+    def extra_repr(self) -> str:
+        """Scheme and shape, for ``repr``."""
+        return f"{self.scheme.name}, shape={self.shape}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._cache = None
+        if scale is not None and self.scale is not None and self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args)
+        self._cache = None
+
+
+def _rows(qparams: QParams, scheme: Scheme, rows: slice, columns: int) -> QParams:
+    """The qparams of some rows of the weight matrix, spread to broadcast against those rows."""
+    if scheme.granularity.kind == "tensor":
+        return qparams
+    expand = scheme.granularity.expand
+    zero_point = None if qparams.zero_point is None else expand(qparams.zero_point[rows], columns)
+    return QParams(expand(qparams.scale[rows], columns), zero_point)
