@@ -9,11 +9,12 @@ from rlquant.errors import InputError
 from rlquant.quant.affine import QParams, fake_quantize, qparams_from_range
 from rlquant.quant.formats import Format
 from rlquant.quant.scheme import Scheme
+from rlquant.quant.tensor import Float32Scale
 
 __all__ = ["ActivationQuantizer", "DynamicQuantizer", "StaticQuantizer", "activation_quantizer"]
 
 
-class StaticQuantizer(nn.Module):
+class StaticQuantizer(Float32Scale):
     """One calibrated range for the whole activation, the same at every call.
 
     Buffers: ``scale`` float32 ``[]`` and ``zero_point`` int32 ``[]``. The rows of a batch do not touch each
@@ -40,7 +41,7 @@ class StaticQuantizer(nn.Module):
         """Fake-quantize ``x`` (any shape, float); the gradient is straight-through inside the range."""
         # One fused op with the arithmetic of affine.fake_quantize; tests hold the two equal bit for bit.
         grid = torch.fake_quantize_per_tensor_affine(
-            x.to(torch.float32), self.scale.to(torch.float32), self.zero_point, 0, int(self.fmt.max)
+            x.to(torch.float32), self.scale, self.zero_point, 0, int(self.fmt.max)
         )
         return grid.to(x.dtype)
 
@@ -62,9 +63,10 @@ class DynamicQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` of any shape and float dtype."""
-        dims = tuple(range(-self.row_dims, 0))
-        low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
-        return fake_quantize(x, qparams_from_range(low, high, self.fmt), self.fmt).to(x.dtype)
+        rows = x.flatten(-self.row_dims)
+        low, high = torch.aminmax(rows, dim=-1, keepdim=True)
+        quantized = fake_quantize(rows, qparams_from_range(low, high, self.fmt), self.fmt)
+        return quantized.view(x.shape).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Format, for ``repr``."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.quant.formats import Format
 
-__all__ = ["QParams", "dequantize", "fake_quantize", "qparams_from_range", "quantize", "require_finite"]
+__all__ = ["QParams", "dequantize", "fake_quantize", "finite_extremes", "qparams_from_range", "quantize"]
 
 _TINY = torch.finfo(torch.float32).tiny  # the smallest scale whose inverse is finite
 
@@ -35,18 +35,22 @@ class QParams:
     zero_point: Tensor | None = None
 
 
-def require_finite(x: Tensor, what: str) -> None:
-    """Raise InputError naming ``what`` where ``x`` holds NaN or Inf."""
+def finite_extremes(x: Tensor, what: str) -> Tensor:
+    """Smallest and largest value of ``x``, float32 ``[2]``. InputError names ``what`` for NaN and Inf."""
+    if x.numel() == 0:
+        raise InputError(f"{what} is empty (shape {tuple(x.shape)}); quantization needs at least one number")
     # The extremes propagate NaN and Inf and need no mask of x's size.
-    if x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
+    extremes = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
+    if not extremes.isfinite().all():
         raise InputError(f"{what} holds NaN or Inf; quantization needs finite numbers")
+    return extremes
 
 
 def qparams_from_range(low: Tensor, high: Tensor, fmt: Format) -> QParams:
     """The map that covers ``[low, high]`` and zero: float32 tensors of one shape -> QParams of that shape.
 
     An all-zero range gets scale 1. NaN in a range gives a NaN scale: callers check with
-    :func:`require_finite` where the data comes from outside.
+    :func:`finite_extremes` where the data comes from outside.
     """
     low, high = low.to(torch.float32), high.to(torch.float32)
     if fmt.signed:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlquant.quant.activations import StaticQuantizer, activation_quantizer
-from rlquant.quant.affine import QParams, require_finite
+from rlquant.quant.affine import QParams, finite_extremes
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
 
@@ -54,10 +54,9 @@ class _OneWeight(QuantizedLayer):
 
     def load_float(self, layer: nn.Linear | nn.Conv2d, packed: QuantizedWeight | None = None) -> None:
         """Take the layer's weight, rounded to nearest, or ``packed`` where a method chose the codes."""
-        require_finite(layer.weight, "the weight")
         self.packed = packed or QuantizedWeight.from_float(layer.weight, self.scheme)
         if layer.bias is not None:
-            require_finite(layer.bias, "the bias")
+            finite_extremes(layer.bias, "the bias")
             self.bias = layer.bias.detach().clone()
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlquant.errors import InputError
-from rlquant.quant.affine import QParams, qparams_from_range, require_finite
+from rlquant.quant.affine import QParams, finite_extremes, qparams_from_range
 from rlquant.quant.formats import Format
 from rlquant.quant.granularity import Granularity, as_matrix, row_chunks
 from rlquant.quant.ranges import Range, RangeRule, get_observer, mse
@@ -45,12 +45,11 @@ class Observer:
         """Take in a batch: float, any shape. Raises InputError naming ``what`` for NaN or Inf."""
         if x.numel() == 0:
             return
-        require_finite(x, what)
-        flat = x.detach().reshape(-1).to("cpu", torch.float32)
-        self.count += flat.numel()
-        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, flat])))
+        extremes = torch.cat([self._extremes, finite_extremes(x, what).cpu()])
+        self._extremes = torch.stack(torch.aminmax(extremes))
+        self.count += x.numel()
         if self.sample_size:
-            self._take_sample(flat)
+            self._take_sample(x.detach().reshape(-1).to("cpu", torch.float32))
 
     def qparams(self) -> QParams:
         """Scalar qparams (shape ``[]``) of what was seen. Raises InputError where that is nothing."""
@@ -72,15 +71,19 @@ class Observer:
 
 
 def weight_qparams(
-    weight: Tensor, fmt: Format, granularity: Granularity, observer: str = "minmax"
+    weight: Tensor,
+    fmt: Format,
+    granularity: Granularity,
+    observer: str = "minmax",
+    what: str = "the weight",
 ) -> QParams:
     """Qparams of a weight ``[out, ...]``; scale and zero point have ``granularity.scale_shape``.
 
-    Raises InputError for NaN or Inf. Under ``mse`` a group may also take the range of its channel, so the
-    squared error of a channel never grows when it is split into groups.
+    Raises InputError naming ``what`` for NaN or Inf. Under ``mse`` a group may also take the range of its
+    channel, so the squared error of a channel never grows when it is split into groups.
     """
     rule = get_observer(observer)
-    require_finite(weight, "the weight")
+    finite_extremes(weight, what)
     matrix = as_matrix(weight.detach()).to(torch.float32)
     channel = _ranges(matrix, fmt, rule) if granularity.kind == "group" and rule is mse else None
     parts = []

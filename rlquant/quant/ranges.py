@@ -35,6 +35,7 @@ PERCENTILE = 99.9
 CLIP_STEPS = 80
 SMALLEST_CLIP = 0.2
 HISTOGRAM_BINS = 2048
+VALUES_PER_BIN = 8  # a finer histogram measures the noise of the sample, not its distribution
 ENTROPY_STEPS = 64
 
 
@@ -84,19 +85,23 @@ def mse(blocks: Tensor, fmt: Format, offered: Range | None = None) -> Range:
 
 
 def entropy(blocks: Tensor, fmt: Format) -> Range:
-    """The clip of least KL divergence over a histogram of ``|x|``, within the min-max range."""
+    """The clip of least KL divergence over a histogram of ``|x|``, within the min-max range.
+
+    Blocks with too few values for a histogram finer than the grid get their min-max range.
+    """
     magnitude = blocks.abs()
     largest = magnitude.amax(dim=1)
     # One-sided data, such as the output of a ReLU, has every level of an unsigned grid to itself.
     one_sided = not fmt.signed and bool((blocks >= 0).all())
     levels = 2**fmt.bits if one_sided else 2 ** (fmt.bits - 1)
-    if levels >= HISTOGRAM_BINS:
+    bins = min(HISTOGRAM_BINS, blocks.shape[1] // VALUES_PER_BIN)
+    if levels >= bins:
         return minmax(blocks, fmt)
-    histogram = _histogram(magnitude, largest)
-    kept = sorted(set(torch.linspace(levels, HISTOGRAM_BINS, ENTROPY_STEPS).round().int().tolist()))
-    divergence = torch.stack([_divergence(histogram, bins, levels) for bins in kept])
+    histogram = _histogram(magnitude, largest, bins)
+    kept = sorted(set(torch.linspace(levels, bins, ENTROPY_STEPS).round().int().tolist()))
+    divergence = torch.stack([_divergence(histogram, count, levels) for count in kept])
     best = torch.tensor(kept, device=blocks.device)[divergence.argmin(dim=0)]
-    return _clipped(minmax(blocks, fmt), largest * best / HISTOGRAM_BINS)
+    return _clipped(minmax(blocks, fmt), largest * best / bins)
 
 
 OBSERVERS: dict[str, RangeRule] = {
@@ -137,12 +142,15 @@ def _quantile(blocks: Tensor, fraction: float) -> Tensor:
     return torch.lerp(lower, upper, position - below)
 
 
-def _histogram(magnitude: Tensor, largest: Tensor) -> Tensor:
-    """Counts of ``|x|`` in equal bins from 0 to each row's largest: float32 ``[blocks, HISTOGRAM_BINS]``."""
-    width = torch.where(largest == 0, 1.0, largest)[:, None] / HISTOGRAM_BINS
-    bins = (magnitude / width).long().clamp_(max=HISTOGRAM_BINS - 1)
-    counts = torch.zeros(len(magnitude), HISTOGRAM_BINS, device=magnitude.device)
-    return counts.scatter_add_(1, bins, torch.ones_like(magnitude))
+def _histogram(magnitude: Tensor, largest: Tensor, bins: int) -> Tensor:
+    """Counts of ``|x|`` in equal bins from 0 to each row's largest: float32 ``[blocks, bins]``."""
+    width = torch.where(largest == 0, 1.0, largest)[:, None] / bins
+    index = (magnitude / width).long().clamp_(max=bins - 1)
+    counts = torch.zeros(len(magnitude), bins, device=magnitude.device)
+    counts.scatter_add_(1, index, torch.ones_like(magnitude))
+    # Zeros, half of the output of a ReLU, are exact on every grid and must not drown the rest.
+    counts[:, 0] = counts[:, 1]
+    return counts
 
 
 def _divergence(histogram: Tensor, bins: int, levels: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rlquant.errors import InputError
 from rlquant.quant.activations import activation_quantizer
-from rlquant.quant.affine import require_finite
+from rlquant.quant.affine import finite_extremes
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
@@ -53,12 +53,13 @@ class _QuantRNN(QuantizedLayer):
             for part in ("ih", "hh"):
                 name = f"{part}_l{k}"
                 weight = getattr(layer, f"weight_{name}")
-                require_finite(weight, f"weight_{name}")
-                chosen = (packed or {}).get(f"packed_{name}")
-                setattr(self, f"packed_{name}", chosen or QuantizedWeight.from_float(weight, self.scheme))
+                chosen = (packed or {}).get(f"packed_{name}") or QuantizedWeight.from_float(
+                    weight, self.scheme, f"weight_{name}"
+                )
+                setattr(self, f"packed_{name}", chosen)
                 if self.bias:
                     bias = getattr(layer, f"bias_{name}")
-                    require_finite(bias, f"bias_{name}")
+                    finite_extremes(bias, f"bias_{name}")
                     setattr(self, f"bias_{name}", bias.detach().clone())
 
     def extra_repr(self) -> str:

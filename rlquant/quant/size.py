@@ -81,9 +81,10 @@ def _quantized_row(name: str, layer: QuantizedLayer) -> LayerSize:
 
 
 def _float_row(name: str, layer: nn.Module, seen: set[int]) -> LayerSize:
-    own = layer.state_dict(keep_vars=True)
-    direct = {key: value for key, value in own.items() if "." not in key and isinstance(value, Tensor)}
-    new = {key: value for key, value in direct.items() if id(value) not in seen}
+    transient = layer._non_persistent_buffers_set
+    own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    own |= {key: value for key, value in layer.named_buffers(recurse=False) if key not in transient}
+    new = {key: value for key, value in own.items() if id(value) not in seen}
     seen.update(id(value) for value in new.values())
     matrices = [value for key, value in new.items() if key.startswith("weight")]
     dtypes = {str(value.dtype).removeprefix("torch.") for value in new.values() if value.is_floating_point()}

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rlquant.errors import InputError
-from rlquant.quant.affine import QParams, dequantize, quantize
+from rlquant.quant.affine import QParams, dequantize, finite_extremes, quantize
 from rlquant.quant.granularity import as_matrix, row_chunks
 from rlquant.quant.observers import weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["QuantizedWeight"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Float32Scale", "QuantizedWeight"]
 
 
-class QuantizedWeight(nn.Module):
+class Float32Scale(nn.Module):
+    """Keeps its ``scale`` float32 under ``.half()`` and the like: a rounded scale is another map."""
+
+    scale: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None and self.scale is not None and self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+class QuantizedWeight(Float32Scale):
     """A weight ``[out, ...]`` under a scheme. The constructor makes an empty one of the right sizes.
 
     Buffers, which are also its state dict:
@@ -29,11 +45,10 @@ class QuantizedWeight(nn.Module):
     - ``zero_point``: uint8, packed at ``bits`` bits in the order of the scales; asymmetric schemes only
 
     Scales are float32, so that an integer runtime requantizes with the very numbers used here; float16 would
-    save 16 bits a group but underflows for weights below 1e-5. They stay float32 under ``.half()`` too.
+    save 16 bits a group but underflows for weights below 1e-5.
     """
 
     codes: Tensor
-    scale: Tensor | None
     zero_point: Tensor | None
 
     def __init__(self, shape: tuple[int, ...], scheme: Scheme) -> None:
@@ -54,12 +69,19 @@ class QuantizedWeight(nn.Module):
         self._cache: Tensor | None = None
 
     @classmethod
-    def from_float(cls, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-        """Round ``weight`` to nearest with the qparams of the scheme's observer. Refuses NaN and Inf."""
+    def from_float(cls, weight: Tensor, scheme: Scheme, what: str = "the weight") -> QuantizedWeight:
+        """Round ``weight`` to nearest with the qparams of the scheme's observer.
+
+        Raises InputError naming ``what`` for NaN, Inf, and values that overflow a plain cast.
+        """
         stored = scheme.stored
         qparams = None
         if stored.is_scaled:
-            qparams = weight_qparams(weight, stored, scheme.granularity, scheme.observer)
+            qparams = weight_qparams(weight, stored, scheme.granularity, scheme.observer, what)
+        elif (largest := float(finite_extremes(weight, what).abs().max())) > stored.max:
+            raise InputError(
+                f"{what} reaches {largest:g}, beyond the {stored.max:g} of {stored.name}: take bf16"
+            )
         matrix = as_matrix(weight.detach())
         codes = torch.empty(matrix.shape, dtype=stored.code_dtype, device=weight.device)
         for rows in row_chunks(*matrix.shape):
@@ -116,13 +138,9 @@ class QuantizedWeight(nn.Module):
         """Scheme and shape, for ``repr``."""
         return f"{self.scheme.name}, shape={self.shape}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cache = None
-        if scale is not None and self.scale is not None and self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any) -> None:
         super()._load_from_state_dict(state_dict, *args)
