@@ -15,13 +15,37 @@ from torch import Tensor, nn
 
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["ACTIVATIONS", "Actor", "State", "build_layers", "describe_layers"]
-
-State = tuple[Tensor, Tensor] | None
+__all__ = ["ACTIVATIONS", "Actor", "FeatureMap", "build_layers", "describe_layers"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls for cls in (nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Identity)
 }
+
+
+class FeatureMap(nn.Module):
+    """``(x - low) / span`` per feature of ``[n, features]``: where an 8-bit grid for observations begins.
+
+    Buffers: ``low`` and ``inverse_span``, float32 ``[features]``.
+    """
+
+    def __init__(self, low: Tensor, span: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low.clone())
+        self.register_buffer("inverse_span", 1.0 / span)
+
+    @property
+    def features(self) -> int:
+        """How many features."""
+        return len(self.low)
+
+    @classmethod
+    def empty(cls, features: int) -> FeatureMap:
+        """A map to be filled by ``load_state_dict``."""
+        return cls(torch.zeros(features), torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, features]`` to the same shape."""
+        return (x - self.low) * self.inverse_span
 
 
 class Actor(nn.Module):
@@ -52,12 +76,20 @@ class Actor(nn.Module):
         Returns:
             Outputs ``[n, outputs]`` and the next state.
         """
-        features = [self.encoders[_module_name(key)](parts[key]) for key in self.keys]
+        features = [self.encoder(key)(parts[key]) for key in self.keys]
         x = features[0] if len(features) == 1 else torch.cat(features, dim=1)  # [n, features]
         if self.rnn is not None:
             out, state = self.rnn(x.unsqueeze(0), state)  # [1, n, features] -> [1, n, hidden]
             x = out.squeeze(0)
         return self.trunk(x), state
+
+    def encoder(self, key: str) -> nn.Module:
+        """The encoder of one observation part."""
+        return self.encoders[_module_name(key)]
+
+    def set_encoder(self, key: str, encoder: nn.Module) -> None:
+        """Replace the encoder of one observation part."""
+        self.encoders[_module_name(key)] = encoder
 
     def initial_state(self, rows: int) -> Any:
         """Zeros ``[layers, rows, hidden]``: a pair for an LSTM, one tensor for a GRU, None without a core."""
@@ -69,7 +101,7 @@ class Actor(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The architecture as plain JSON; :meth:`build` is its inverse."""
         return {
-            "encoders": {key: describe_layers(self.encoders[_module_name(key)]) for key in self.keys},
+            "encoders": {key: describe_layers(self.encoder(key)) for key in self.keys},
             "rnn": None if self.rnn is None else describe_layers(self.rnn)[0],
             "trunk": describe_layers(self.trunk),
         }
@@ -103,6 +135,8 @@ def describe_layers(module: nn.Module) -> list[dict[str, Any]]:
         fields = ("input_size", "hidden_size", "num_layers")
     elif name == "Hardtanh":
         fields = ("min_val", "max_val")
+    elif name == "FeatureMap":
+        fields = ("features",)
     elif name == "Flatten":
         fields = ()
     elif name in ACTIVATIONS:
@@ -124,7 +158,7 @@ def describe_layers(module: nn.Module) -> list[dict[str, Any]]:
 def build_layers(docs: list[dict[str, Any]]) -> nn.Sequential:
     """The inverse of :func:`describe_layers`."""
     known = {"Linear": nn.Linear, "Conv2d": nn.Conv2d, "LSTM": nn.LSTM, "GRU": nn.GRU}
-    known |= {"Flatten": nn.Flatten, "Hardtanh": nn.Hardtanh} | ACTIVATIONS  # type: ignore[assignment]
+    known |= {"FeatureMap": FeatureMap.empty, "Flatten": nn.Flatten, "Hardtanh": nn.Hardtanh} | ACTIVATIONS  # type: ignore[assignment]
     layers = []
     for doc in docs:
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in doc.items() if k != "layer"}

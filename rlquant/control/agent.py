@@ -75,16 +75,12 @@ class Agent:
             InputError: the agent has memory (an LSTM or stacked frames); use a
                 :class:`~rlquant.control.session.Session`, which keeps it.
         """
-        from rlquant.control.session import Session
+        from rlquant.control.session import Session, batch_of_one
 
         if self.actor.rnn is not None or any(part.stack > 1 for part in self.parts.values()):
             raise InputError("this agent has memory; act through rlquant.control.Session(agent, rows=1)")
-        batch = (
-            {key: np.asarray(part)[None] for key, part in observation.items()}
-            if isinstance(observation, dict)
-            else np.asarray(observation)[None]
-        )
-        return Session(self, rows=1, tile=1).act(batch, np.ones(1, bool))[0]
+        action: np.ndarray = Session(self, rows=1, tile=1).act(batch_of_one(observation), np.ones(1, bool))[0]
+        return action
 
     @classmethod
     def from_module(

@@ -7,9 +7,13 @@ changed observation is never fed to a network that was not trained on it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,8 +63,7 @@ def make_env(spec: EnvSpec) -> gym.Env:
     if spec.id not in gym.registry:
         raise unknown_name("environment", spec.id, _choices_near(spec.id))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             env = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         if "moved" in str(error):
@@ -151,6 +154,21 @@ def _describe_spaces(env: gym.Env) -> str:
     return f"observations {seen} and actions {taken}"
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep notices about other versions and model files, which a user cannot act on, off the terminal."""
+    mujoco = sys.modules.get("mujoco")
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if mujoco is not None:
+            mujoco.set_mju_user_warning(lambda _message: None)
+        try:
+            yield
+        finally:
+            if mujoco is not None:
+                mujoco.set_mju_user_warning(None)
+
+
 def _register_ours(env_id: str) -> None:
     """Make sure that ids outside gymnasium's own are registered: our custom ones, robotics, Atari."""
     catalog.register_env(env_id)
@@ -170,8 +188,7 @@ def _register_package(module: str, package: str, env_id: str) -> None:
 
 def _register_robotics() -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             import gymnasium_robotics
             from gymnasium_robotics.utils import mujoco_utils
     except ImportError:

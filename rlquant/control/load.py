@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from rlquant import catalog
 from rlquant.control.agent import Agent
@@ -188,12 +189,21 @@ def _assemble(
     action = found["action"] if action.kind == "box" and action.low is None else action
     network_space = replace(observation, spaces=_network_parts(observation, found["parts"]))
     actor, head = build_network(algorithm, tensors, policy_kwargs, network_space, action)
+    if ("FlattenGoal", {}) in spec.wrappers and "desired_goal" in statistics:
+        statistics = {"": _flatten_goal(statistics)}
     parts = _with_statistics(found["parts"], statistics)
     return Agent(actor, head, parts, spec, algorithm, masked=algorithm == "MaskablePPO")
 
 
 def _network_parts(observation: Space, parts: dict[str, ObservationPart]) -> dict[str, Space]:
     return {key: observation.spaces[key] for key in parts} if observation.kind == "dict" else {}
+
+
+def _flatten_goal(statistics: dict[str, Normaliser]) -> Normaliser:
+    """Statistics of the parts that :class:`~rlquant.control.environment.FlattenGoal` concatenates."""
+    seen, goal = statistics["observation"], statistics["desired_goal"]
+    mean, var = np.concatenate([seen.mean, goal.mean]), np.concatenate([seen.var, goal.var])
+    return Normaliser(mean, var, seen.epsilon, seen.clip)
 
 
 def _with_statistics(

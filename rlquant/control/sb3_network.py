@@ -97,8 +97,9 @@ class _Builder:
         return Actor(self._encoders("actor.features_extractor"), nn.Sequential(*layers))
 
     def mlp_actor(self, extractor: str, name: str) -> Actor:
-        """A plain MLP: the actor of TD3 and DDPG, ARS."""
-        return Actor(self._encoders(extractor), nn.Sequential(*self._mlp(name, end=False)))
+        """A plain MLP: the actor of TD3 and DDPG, ARS (whose linear policy was once a bare layer)."""
+        layers = [self._linear(name)] if f"{name}.weight" in self.tensors else self._mlp(name, end=False)
+        return Actor(self._encoders(extractor), nn.Sequential(*layers))
 
     def _has(self, prefix: str) -> bool:
         return any(name.startswith(prefix + ".") for name in self.tensors)
@@ -190,7 +191,7 @@ def _ars_head(action: Space, kwargs: dict[str, Any], tensors: _TENSORS) -> str:
     if action.kind == "discrete":
         return "argmax"
     # A linear ARS policy has one layer and clips; an MLP one ends in tanh (sb3_contrib.ars.policies).
-    linear = len({name.split(".")[1] for name in tensors}) == 1
+    linear = sum(tensor.dim() == 2 for tensor in tensors.values()) == 1
     return "tanh" if kwargs.get("squash_output", not linear) else "clip"
 
 

@@ -18,7 +18,7 @@ from rlquant.control.agent import Agent
 from rlquant.control.observation import FrameStack
 from rlquant.errors import InputError
 
-__all__ = ["TILE", "Observations", "Session"]
+__all__ = ["TILE", "Observations", "Session", "batch_of_one"]
 
 TILE = 32
 """Rows of one forward pass. Fewer would pay more calls, more would pay for rows whose episode has ended."""
@@ -113,6 +113,13 @@ class Session:
         with torch.no_grad():
             outputs, self._states[index] = self.actor(inputs, state)
         self.outputs[tile] = outputs.cpu().numpy()
+
+
+def batch_of_one(observation: Any) -> Any:
+    """One observation as a batch ``[1, ...]``, by key for a Dict space."""
+    if isinstance(observation, dict):
+        return {key: np.asarray(part)[None] for key, part in observation.items()}
+    return np.asarray(observation)[None]
 
 
 def _moved(state: Any, device: torch.device) -> Any:

@@ -1,0 +1,131 @@
+"""The artifact: a quantized policy as a folder of ``policy.safetensors`` and ``policy.json``.
+
+Neither can hold code. The JSON tells the architecture, the scheme, the observation map with its normaliser,
+the head and the environment; the safetensors hold packed codes, scales, zero points and biases, and nothing
+else. The JSON carries the hash of the tensors, so that a damaged or swapped file is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlquant.control.actor import Actor
+from rlquant.control.agent import Agent
+from rlquant.control.environment import EnvSpec
+from rlquant.control.head import Head
+from rlquant.control.observation import ObservationPart
+from rlquant.errors import InputError
+from rlquant.quant import prepare_empty_
+from rlquant.runs import write_atomic
+
+__all__ = ["SCHEMA", "artifact_files", "load_artifact", "save_artifact"]
+
+SCHEMA = "rlquant.policy/1"
+
+
+def artifact_files(agent: Agent) -> dict[str, bytes]:
+    """The two files of an artifact by name.
+
+    Raises:
+        InputError: the network has a layer that plain JSON cannot tell (a custom module).
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in agent.actor.state_dict().items()}
+    weights = save(tensors)
+    document = {
+        "schema": SCHEMA,
+        "algorithm": agent.algorithm,
+        "source": agent.source,
+        "source_sha256": agent.sha256,
+        "parameters": agent.parameters,
+        "precision": agent.precision,
+        "method": agent.method,
+        "actor": agent.actor.describe(),
+        "head": agent.head.to_json(),
+        "observation": {key: part.to_json() for key, part in agent.parts.items()},
+        "env": agent.env.to_json(),
+        "masked": agent.masked,
+        "tensors_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    return {"policy.safetensors": weights, "policy.json": json.dumps(document, indent=1).encode()}
+
+
+def save_artifact(agent: Agent, folder: str | Path) -> int:
+    """Write an artifact and return its bytes. ``policy.json`` comes last: a folder without it is no artifact.
+
+    Raises:
+        InputError: the folder cannot be written to, or the network cannot be told in JSON.
+    """
+    path = Path(folder)
+    files = artifact_files(agent)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the output folder {folder} cannot be created: {error.strerror}") from None
+    for name, content in files.items():
+        write_atomic(path / name, content)
+    return sum(map(len, files.values()))
+
+
+def load_artifact(folder: str | Path) -> Agent:
+    """Load an artifact; runs none of its content.
+
+    Raises:
+        InputError: it is incomplete, damaged, of a newer schema, or its tensors are not those it was saved with.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(folder)
+    document = _read_document(path / "policy.json")
+    try:
+        raw = (path / "policy.safetensors").read_bytes()
+    except OSError as error:
+        raise InputError(f"{path / 'policy.safetensors'} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(raw).hexdigest() != document["tensors_sha256"]:
+        raise InputError(f"{path / 'policy.safetensors'} is not the file that policy.json was saved with; it was damaged or swapped")
+    try:
+        return _agent(document, load(raw), path)
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path / 'policy.json'} does not describe its tensors: {error}") from None
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged: it is not JSON") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path} has the schema {schema!r}; this rlquant reads {SCHEMA!r}. Upgrade rlquant or export anew")
+    return dict(document)
+
+
+def _agent(document: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Agent:
+    actor = Actor.build(document["actor"])
+    prepare_empty_(actor, document["precision"])
+    actor.load_state_dict(tensors)
+    parts = {key: ObservationPart.from_json(part) for key, part in document["observation"].items()}
+    return Agent(
+        actor.eval().requires_grad_(False),
+        Head.from_json(document["head"]),
+        parts,
+        EnvSpec.from_json(document["env"]),
+        document["algorithm"],
+        source=str(path),
+        sha256=document["tensors_sha256"],
+        masked=bool(document["masked"]),
+        precision=document["precision"],
+        method=document["method"],
+        parameters=int(document["parameters"]),
+    )

@@ -1,0 +1,141 @@
+"""Quantizes an agent: folds the observation's ranges into its first layer, then hands over to ``rlquant.quant``.
+
+Observations are unequal: CartPole's angle spans 0.2, its cart velocity 4. One 8-bit grid for all would leave
+the angle a handful of steps. So where activations are quantized, each feature is first mapped to [0, 1] by its
+own range, ``x' = (x - low) / (high - low)``, and the first layer's weights absorb the inverse - exact in real
+arithmetic. One grid for ``x'`` is then one grid per feature of ``x``.
+"""
+
+from __future__ import annotations
+
+import copy
+import torch
+from torch import Tensor, nn
+
+from rlquant.control.actor import Actor, FeatureMap
+from rlquant.control.agent import Agent
+from rlquant.control.collect import Inputs
+from rlquant.measure import WeightHistogram, weight_histogram
+from rlquant.quant import (
+    QuantizedLayer,
+    QuantizedWeight,
+    Scheme,
+    qparams_from_range,
+    quantizable,
+    quantize_,
+    sqnr_db,
+)
+
+__all__ = ["fold_observation_ranges_", "quantize_agent", "weight_histograms"]
+
+OBSERVATION_HEADROOM = 0.125
+"""Widens each feature's calibrated range on both sides by this share: episodes differ in how far they go."""
+
+
+def quantize_agent(agent: Agent, scheme: Scheme, *, method: str = "rtn", inputs: Inputs | None = None) -> Agent:
+    """A quantized copy of an agent; the agent itself stays as it is.
+
+    Args:
+        agent: an fp32 agent.
+        scheme: what weights and activations become.
+        method: a name of ``rlquant.quant.METHODS``.
+        inputs: on-policy calibration inputs; needed where activations are quantized.
+
+    Raises:
+        InputError: the scheme needs inputs and there are none, or nothing can be quantized.
+    """
+    actor = float_twin(agent.actor, scheme, inputs)
+    calibration = inputs.batches() if inputs is not None else None
+    quantize_(actor, scheme, method=method, calibration=calibration)
+    if scheme.needs_calibration:
+        _use_whole_grid(actor, scheme)
+    return agent.with_actor(actor, scheme.name, "none" if scheme.is_identity else method)
+
+
+def float_twin(actor: Actor, scheme: Scheme, inputs: Inputs | None) -> Actor:
+    """The fp32 network that is quantized: a copy, with observation ranges folded in where that helps."""
+    twin = copy.deepcopy(actor)
+    if scheme.activations is not None and inputs is not None:
+        fold_observation_ranges_(twin, inputs.parts)
+    return twin
+
+
+def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
+    """Map each feature to [0, 1] in place and let the first layer absorb the inverse.
+
+    Only observation parts that reach the first layer as they are (flattened, no CNN) are mapped. A network
+    whose first layer is not a Linear or an LSTM/GRU is left alone.
+
+    Args:
+        actor: the network.
+        parts: calibration inputs ``[n, *shape]`` by key.
+    """
+    first = actor.rnn if actor.rnn is not None else _first_layer(actor.trunk)
+    if first is None:
+        return
+    column = 0
+    for key in actor.keys:
+        encoder = actor.encoder(key)
+        with torch.no_grad():
+            features = encoder(parts[key])
+        width = features.shape[1]
+        if all(isinstance(layer, nn.Flatten | nn.Identity) for layer in encoder.modules() if not _is_container(layer)):
+            low, high = features.amin(0), features.amax(0)
+            margin = OBSERVATION_HEADROOM * (high - low)
+            low, span = low - margin, high - low + 2 * margin
+            span = torch.where(span > 0, span, torch.ones_like(span))
+            actor.set_encoder(key, nn.Sequential(nn.Flatten(), FeatureMap(low, span)))
+            _absorb(first, slice(column, column + width), low, span)
+        column += width
+
+
+def _use_whole_grid(actor: Actor, scheme: Scheme) -> None:
+    """Give the first layer's input the grid of [0, 1], where every feature was mapped to it.
+
+    Calibration saw only the part of [0, 1] inside the headroom, and would clip there.
+    """
+    if not all(isinstance(list(actor.encoder(key).modules())[-1], FeatureMap) for key in actor.keys):
+        return
+    first = actor.rnn if actor.rnn is not None else actor.trunk[0]  # type: ignore[index]
+    assert isinstance(first, QuantizedLayer) and scheme.activations is not None
+    name = next(iter(first.activation_quantizers()))
+    unit = qparams_from_range(torch.zeros(()), torch.ones(()), scheme.activations)
+    first.get_submodule(name).set(unit)  # type: ignore[operator]
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential)
+
+
+def _first_layer(trunk: nn.Module) -> nn.Module | None:
+    if isinstance(trunk, nn.Sequential) and len(trunk):
+        trunk = trunk[0]
+    return trunk if isinstance(trunk, nn.Linear) else None
+
+
+def _absorb(layer: nn.Module, columns: slice, low: Tensor, span: Tensor) -> None:
+    """``W x + b`` with ``x = low + span x'``: scale the columns, move the rest into the bias (in float64)."""
+    weight, bias = (layer.weight, layer.bias) if isinstance(layer, nn.Linear) else (layer.weight_ih_l0, layer.bias_ih_l0)
+    with torch.no_grad():
+        part = weight[:, columns].double()
+        shift = (part @ low.double()).to(weight.dtype)
+        weight[:, columns] = (part * span.double()).to(weight.dtype)
+        if bias is None:
+            layer.bias = nn.Parameter(shift, requires_grad=False)
+        else:
+            bias += shift
+
+
+def weight_histograms(before: Actor, after: Actor) -> tuple[WeightHistogram, ...]:
+    """How each quantized weight is distributed before and after."""
+    histograms = []
+    for name, layer in quantizable(before).items():
+        quantized = after.get_submodule(name)
+        for part, packed in quantized.named_children():
+            if isinstance(packed, QuantizedWeight):
+                original = getattr(layer, part.replace("packed", "weight")).detach()
+                restored = packed.cached()
+                label = f"{name}.{part.replace('packed', 'weight')}"
+                sqnr = float(sqnr_db(original, restored))
+                histograms.append(weight_histogram(label, original.numpy(), restored.numpy(), sqnr_db=sqnr))
+    return tuple(histograms)

@@ -1,0 +1,142 @@
+"""Run folders: what a run writes survives a crash, and a repeated command goes on where it stopped.
+
+Files are written under a temporary name and renamed, so a reader sees the old file or the new one, never a
+half. Finished pieces are kept under ``pieces/`` with a fingerprint of everything that determines them; a
+piece with another fingerprint is not reused. Results of other settings are moved to ``previous/``, not lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlquant.errors import InputError
+
+__all__ = ["RunFolder", "machine_info", "package_versions", "write_atomic"]
+
+_PACKAGES = ("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all, even after a power cut.
+
+    Raises:
+        InputError: the folder cannot be written to; the message says why.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: created if missing.
+        settings: plain JSON of everything that determines the results.
+
+    Raises:
+        InputError: the folder cannot be created or written to.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+        self.path = Path(path)
+        canonical = json.dumps(settings, sort_keys=True, default=str)
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        try:
+            (self.path / "pieces").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the output folder {path} cannot be created: {error.strerror}; choose another with --out"
+            ) from None
+        self._keep_previous()
+        write_atomic(self.path / "settings.json", json.dumps(settings, indent=1, sort_keys=True, default=str))
+        write_atomic(self.path / "pieces" / "fingerprint", self.fingerprint)
+
+    def piece(self, name: str) -> dict[str, Any] | None:
+        """A piece that an earlier, interrupted run of the same settings left behind."""
+        try:
+            stored = json.loads(self._piece_path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        matches = isinstance(stored, dict) and stored.get("fingerprint") == self.fingerprint
+        return stored["content"] if matches else None
+
+    def save_piece(self, name: str, content: dict[str, Any]) -> None:
+        """Keep a piece; JSON keeps every float exactly."""
+        document = {"fingerprint": self.fingerprint, "content": content}
+        write_atomic(self._piece_path(name), json.dumps(document))
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Write a result file and return its path."""
+        write_atomic(self.path / name, content)
+        return self.path / name
+
+    def _piece_path(self, name: str) -> Path:
+        return self.path / "pieces" / (re.sub(r"[^\w.-]", "_", name) + ".json")
+
+    def _keep_previous(self) -> None:
+        """Move the results of other settings aside."""
+        marker = self.path / "pieces" / "fingerprint"
+        old = marker.read_text(encoding="utf-8").strip() if marker.is_file() else ""
+        if not old or old == self.fingerprint:
+            return
+        keep = self.path / "previous" / old
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+            for name in ("results.json", "report.html", "settings.json"):
+                if (self.path / name).is_file():
+                    (self.path / name).replace(keep / name)
+            for piece in (self.path / "pieces").glob("*.json"):
+                piece.unlink()
+        except OSError as error:
+            raise InputError(f"the output folder {self.path} cannot be written to: {error.strerror}") from None
+
+
+def machine_info(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    info: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        info["gpu"] = torch.cuda.get_device_name(device)
+    return info
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that determine the results; those that are not installed are left out."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
