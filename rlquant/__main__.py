@@ -1,0 +1,5 @@
+"""``python -m rlquant`` is ``rlquant``."""
+
+from rlquant.cli import main
+
+main()

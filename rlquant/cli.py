@@ -1,0 +1,181 @@
+"""The command line. Each command parses its options and hands over; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlquant import __version__
+from rlquant.errors import InputError, unknown_name
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rlquant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize trained policies and prove how much reward they keep.",
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A shipped agent (see 'rlquant ls agents'), an SB3 .zip, an rl-zoo agent folder, or an artifact.",
+    ),
+]
+EnvOption = Annotated[str | None, typer.Option("--env", help="Environment id; needed for a bare SB3 .zip.")]
+NormaliserOption = Annotated[
+    Path | None, typer.Option("--normaliser", help="vecnormalize.pkl of a bare SB3 .zip.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Let SB3 unpickle the file. This runs whatever code it holds.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of episode 0; episode i has seed + i.")]
+CalibrationOption = Annotated[
+    int, typer.Option("--calibration-episodes", help="On-policy episodes that fix activation ranges.")
+]
+KINDS = ("agents", "envs", "recipes", "schemes")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"rlquant {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    env: EnvOption = None,
+    precisions: Annotated[
+        str, typer.Option("--precisions", help="Comma-separated schemes; see 'rlquant ls schemes'.")
+    ] = "fp32,bf16,int8,w8a8,int4,w4a8",
+    methods: Annotated[
+        str, typer.Option("--method", "--methods", help="Comma-separated quantization methods.")
+    ] = "rtn",
+    episodes: Annotated[int, typer.Option("--episodes", help="Episodes per precision.")] = 100,
+    seed: SeedOption = 0,
+    margin: Annotated[float, typer.Option("--margin", help="Share of the reward that may be lost.")] = 0.02,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.")] = 0.95,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Run more episodes where a verdict is undecided.")
+    ] = False,
+    max_episodes: Annotated[int, typer.Option("--max-episodes", help="Where --sequential stops.")] = 2000,
+    calibration_episodes: CalibrationOption = 8,
+    runtime: Annotated[str, typer.Option("--runtime", help="auto or torch.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Episodes that step together, likewise.")] = 128,
+    normaliser: NormaliserOption = None,
+    trust: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].")] = None,
+) -> None:
+    """Show how much reward an agent keeps at each precision: a table, results.json and report.html.
+
+    Repeating an interrupted command finishes it.
+    """
+    from rlquant.commands import EvaluateOptions, run_evaluate
+
+    run_evaluate(
+        EvaluateOptions(
+            source=source,
+            env=env,
+            precisions=_names(precisions, "--precisions"),
+            methods=_names(methods, "--methods"),
+            episodes=episodes,
+            seed=seed,
+            margin=margin,
+            confidence=confidence,
+            sequential=sequential,
+            max_episodes=max_episodes,
+            calibration_episodes=calibration_episodes,
+            runtime=runtime,
+            device=device,
+            workers=workers,
+            batch=batch,
+            normaliser=normaliser,
+            trust=trust,
+            out=out,
+        )
+    )
+
+
+@app.command()
+def quantize(
+    source: Source,
+    scheme: Annotated[str, typer.Option("--scheme", help="For example int8, w8a8 or w4a8-g32.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the artifact.")],
+    method: Annotated[str, typer.Option("--method", help="Quantization method.")] = "rtn",
+    env: EnvOption = None,
+    seed: SeedOption = 0,
+    calibration_episodes: CalibrationOption = 8,
+    normaliser: NormaliserOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Write a quantized artifact: packed weights as safetensors and JSON, no pickle."""
+    from rlquant.commands import run_quantize
+
+    run_quantize(source, scheme, method, out, env, seed, calibration_episodes, normaliser, trust)
+
+
+@app.command()
+def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
+    """List shipped agents, environments, recipes or schemes."""
+    if kind not in KINDS:
+        raise unknown_name("list", kind, KINDS)
+    from rlquant.listings import print_listing
+
+    print_listing(kind)
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    from rlquant.listings import print_environment
+
+    print_environment()
+
+
+@app.command()
+def formats(
+    name: Annotated[str | None, typer.Argument(help="A number format, such as fp8_e4m3.")] = None,
+    value: Annotated[float | None, typer.Option("--value", help="Show how this number is stored.")] = None,
+) -> None:
+    """Show number formats: bits, limits, smallest step, and how a value is stored in each."""
+    from rlquant.listings import print_formats
+
+    print_formats(name, value)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write(f"rlquant: error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("rlquant: stopped; repeat the command to go on\n")
+        sys.exit(130)
+    except BrokenPipeError:  # `rlquant ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    """Names of a comma-separated list."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError(f"{option} names nothing; for example {option} fp32,int8,w8a8")
+    return names
+
+
+if __name__ == "__main__":
+    main()

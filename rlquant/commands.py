@@ -1,0 +1,195 @@
+"""What the commands ``evaluate`` and ``quantize`` do, once their options are parsed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlquant.errors import InputError, unknown_name
+from rlquant.runs import RunFolder, machine_info, package_versions
+
+if TYPE_CHECKING:
+    from rlquant.control import Agent
+
+__all__ = ["EvaluateOptions", "run_evaluate", "run_quantize"]
+
+RUNTIMES = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of ``rlquant evaluate``; see its help."""
+
+    source: str
+    env: str | None
+    precisions: tuple[str, ...]
+    methods: tuple[str, ...]
+    episodes: int
+    seed: int
+    margin: float
+    confidence: float
+    sequential: bool
+    max_episodes: int
+    calibration_episodes: int
+    runtime: str
+    device: str
+    workers: int
+    batch: int
+    normaliser: Path | None
+    trust: bool
+    out: Path | None
+
+
+def run_evaluate(options: EvaluateOptions) -> None:
+    """Evaluate, write results.json and report.html, print the table."""
+    from rlquant.control import Evaluation, Settings, load
+    from rlquant.control.evaluate import settings_json, subject
+    from rlquant.measure import results_document
+
+    settings = Settings(
+        precisions=options.precisions,
+        methods=options.methods,
+        episodes=options.episodes,
+        seed=options.seed,
+        margin=options.margin,
+        confidence=options.confidence,
+        calibration_episodes=options.calibration_episodes,
+        sequential=options.sequential,
+        max_episodes=options.max_episodes,
+        device=_device(options.device),
+    )
+    settings.schemes()  # a misspelt precision is reported before anything is loaded
+    if options.runtime not in RUNTIMES:
+        raise unknown_name("runtime", options.runtime, RUNTIMES)
+    agent = load(options.source, env=options.env, normaliser=options.normaliser, trust=options.trust)
+    versions = package_versions()
+    determined = {
+        "subject": subject(agent),
+        "env": agent.env.to_json(),
+        "settings": settings_json(settings),
+        "versions": versions,
+    }
+    folder = RunFolder(options.out or _default_folder(agent), determined)
+    with _progress() as progress:
+        evaluation = Evaluation(
+            agent,
+            settings,
+            pieces=folder,
+            workers=options.workers,
+            batch=options.batch,
+            progress=progress,
+        )
+        measured = evaluation.run()
+    document = results_document(
+        subject=subject(agent),
+        settings=settings_json(settings),
+        machine=machine_info(settings.device),
+        versions=versions,
+        reference=measured["reference"],
+        rows=measured["rows"],
+    )
+    _publish(folder, document)
+
+
+def run_quantize(
+    source: str,
+    scheme_name: str,
+    method: str,
+    out: Path,
+    env: str | None,
+    seed: int,
+    calibration_episodes: int,
+    normaliser: Path | None,
+    trust: bool,
+) -> None:
+    """Quantize an agent and write its artifact."""
+    from rich.console import Console
+
+    from rlquant.control import collect, load, quantize_agent, save_artifact
+    from rlquant.control.collect import CALIBRATION_SEED
+    from rlquant.quant import Scheme, get_method, weight_bytes
+
+    scheme, chosen = Scheme.parse(scheme_name), get_method(method)
+    agent = load(source, env=env, normaliser=normaliser, trust=trust)
+    if agent.precision != "fp32":
+        raise InputError(f"{source} is quantized to {agent.precision} already; quantize the agent it was made from")
+    inputs = None
+    if scheme.needs_calibration or scheme.activations is not None or chosen.statistic is not None:
+        inputs = collect(agent, calibration_episodes, seed=seed + CALIBRATION_SEED)
+    quantized = quantize_agent(agent, scheme, method=method, inputs=inputs)
+    total = save_artifact(quantized, out)
+    before, after = weight_bytes(agent.actor), weight_bytes(quantized.actor)
+    Console().print(
+        f"{out}: {scheme.name} by {method}, weights {before:,} -> {after:,} bytes ({before / after:.2f}x smaller), "
+        f"{total:,} bytes on disk",
+        highlight=False,
+    )
+
+
+def _publish(folder: RunFolder, document: dict[str, Any]) -> None:
+    """Write the results and show them."""
+    from rich.console import Console
+
+    from rlquant.report import render_report, terminal_table, verdict_lines
+
+    folder.write("results.json", json.dumps(document, indent=1))
+    report = folder.write("report.html", render_report(document))
+    console = Console(highlight=False)
+    console.print(terminal_table(document, console.width))
+    for line in verdict_lines(document):
+        console.print(line)
+    console.print(f"\n{folder.path / 'results.json'}\n{report}", style="dim", soft_wrap=True)
+
+
+def _default_folder(agent: Agent) -> Path:
+    """``runs/<what>-<where>``: the same command finds its folder again."""
+    name = Path(agent.source).stem or "agent"
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{agent.algorithm}").lower()
+
+
+def _device(name: str) -> str:
+    """A device that torch has. Raises InputError for any other."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise unknown_name("device", name, ("cpu", "cuda", "cuda:0"))
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise InputError(f"the device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+class _progress:
+    """A progress bar on a terminal, silence elsewhere."""
+
+    def __enter__(self) -> Any:
+        if not sys.stderr.isatty():
+            return lambda _name, _done, _wanted: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description:>16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("episodes"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._tasks: dict[str, Any] = {}
+        return self._show
+
+    def _show(self, name: str, done: int, wanted: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=wanted)
+        self._bar.update(self._tasks[name], completed=done, total=wanted)
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.stop()

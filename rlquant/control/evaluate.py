@@ -1,0 +1,368 @@
+"""The main job: how much of its reward does an agent keep at each precision?
+
+Every precision plays the same episodes as fp32. Scores go through the paired statistics of
+``rlquant.measure``; this file only says what is run, in which order, and what is kept for a resumed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlquant import catalog
+from rlquant.control.agent import Agent
+from rlquant.control.artifact import artifact_files
+from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect, raw_observations
+from rlquant.control.environment import random_scores
+from rlquant.control.quantize import float_twin, quantize_agent, weight_histograms
+from rlquant.control.rollout import EnvPool, rollout
+from rlquant.control.session import Session, batch_of_one
+from rlquant.errors import InputError
+from rlquant.measure import (
+    Agreement,
+    Measurement,
+    Retention,
+    Score,
+    Size,
+    action_agreement,
+    compare,
+    measure_latency,
+    plain,
+    q_gap,
+    single_thread,
+)
+from rlquant.quant import METHODS, Scheme, get_method, weight_bytes
+
+__all__ = ["LOOKS", "Evaluation", "Pieces", "Settings", "evaluate"]
+
+LOOKS = 5
+"""How often a sequential run may look; each look's interval has confidence ``1 - (1 - c) / LOOKS`` (Bonferroni)."""
+
+_AGREEMENT_EPISODES = 8
+_RANDOM_EPISODES = 100
+_CHUNK = 256  # episodes between two saves of a long row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the scores of an evaluation.
+
+    Attributes:
+        precisions: scheme names; fp32 is always evaluated, as the reference.
+        methods: names of ``rlquant.quant.METHODS``; each precision is tried with each.
+        episodes: number ``i`` starts with ``env.reset(seed=seed + i)``.
+        seed: of the first episode.
+        margin: share of the reward that may be lost.
+        confidence: of the two-sided intervals.
+        calibration_episodes: on other seeds than any that scores.
+        sequential: run more episodes where a verdict is undecided.
+        max_episodes: where a sequential run stops.
+        device: where the network runs.
+    """
+
+    precisions: tuple[str, ...] = ("fp32", "int8", "w8a8")
+    methods: tuple[str, ...] = ("rtn",)
+    episodes: int = 100
+    seed: int = 0
+    margin: float = 0.02
+    confidence: float = 0.95
+    calibration_episodes: int = 8
+    sequential: bool = False
+    max_episodes: int = 2000
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.calibration_episodes < 1:
+            raise InputError(
+                f"at least one episode is needed, not {min(self.episodes, self.calibration_episodes)}; "
+                "20 give a first impression, 100 an interval worth quoting"
+            )
+        if not 0 <= self.seed < CALIBRATION_SEED - self.max_episodes:
+            raise InputError(f"the seed must be between 0 and {CALIBRATION_SEED - self.max_episodes - 1}, not {self.seed}")
+        if not 0 <= self.margin < 1:
+            raise InputError(f"the margin must be at least 0 and below 1, not {self.margin}; 0.02 allows a loss of 2%")
+        if not 0.5 <= self.confidence < 1:
+            raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
+        for method in self.methods:
+            get_method(method)
+
+    def schemes(self) -> list[tuple[Scheme, str]]:
+        """(scheme, method) of each row: fp32 first, then in the order given, none twice."""
+        rows = [(Scheme.parse("fp32"), "none")]
+        for name in self.precisions:
+            scheme = Scheme.parse(name)
+            rows += [(scheme, "none" if scheme.is_identity else method) for method in self.methods]
+        return list(dict.fromkeys(rows))
+
+
+class Pieces(Protocol):
+    """Where finished pieces are kept; :class:`rlquant.runs.RunFolder` is one."""
+
+    def piece(self, name: str) -> dict[str, Any] | None:
+        """A piece kept earlier, or None."""
+
+    def save_piece(self, name: str, content: dict[str, Any]) -> None:
+        """Keep a piece of plain JSON."""
+
+
+@dataclass
+class _Row:
+    """One precision while it is evaluated; ``profile`` is what is measured besides the scores."""
+
+    scheme: Scheme
+    method: str
+    agent: Agent
+    returns: list[float] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheme.name}-{self.method}"
+
+
+Progress = Callable[[str, int, int], None]
+
+
+class Evaluation:
+    """One evaluation of one agent.
+
+    Args:
+        agent: fp32, or an artifact, which is compared with fp32 only through its own scores.
+        settings: what to run.
+        pieces: keeps finished pieces for a resumed run; None keeps nothing.
+        workers, batch: processes, and episodes that step together; neither changes a score.
+        progress: called with (row name, episodes done, episodes wanted).
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        settings: Settings,
+        *,
+        pieces: Pieces | None = None,
+        workers: int = 1,
+        batch: int = 128,
+        progress: Progress | None = None,
+    ) -> None:
+        if agent.precision != "fp32":
+            raise InputError(
+                f"{agent.source} is quantized to {agent.precision} already; evaluate the agent that it was made "
+                f"from with --precisions {agent.precision}"
+            )
+        self.agent = agent
+        self.settings = settings
+        self.pieces = pieces
+        self.workers, self.batch = workers, batch
+        self.progress = progress or (lambda _name, _done, _wanted: None)
+        self.pool = EnvPool(agent.env)
+        self._calibration: Inputs | None = None
+        self._shared: Inputs | None = None
+        self._observations: list[Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
+        try:
+            random_score = self._random_score()
+            rows = [self._prepare(scheme, method) for scheme, method in self.settings.schemes()]
+            for row in rows:
+                self._play(row, self.settings.episodes)
+            if self.settings.sequential:
+                self._play_until_decided(rows, random_score)
+            for row in rows:
+                self._measure(row, rows[0])
+        finally:
+            self.pool.close()
+        measured = [self._measurement(row, rows[0], random_score) for row in rows]
+        reference = {"precision": "fp32", "random_score": random_score}
+        return {"reference": reference, "rows": [measurement.to_row() for measurement in measured]}
+
+    def _random_score(self) -> float:
+        card = catalog.env_card(self.agent.env.id)
+        if card and not self.agent.env.kwargs:
+            return float(card["random_score"]["mean"])
+        kept = self._kept("random")
+        if kept is None:
+            self.progress("random", 0, _RANDOM_EPISODES)
+            scores = random_scores(self.agent.env, _RANDOM_EPISODES, self.settings.seed)
+            kept = {"mean": float(scores.mean())}
+            self._keep("random", kept)
+        return float(kept["mean"])
+
+    def _prepare(self, scheme: Scheme, method: str) -> _Row:
+        if scheme.is_identity:
+            agent = self.agent
+        else:
+            needs_inputs = scheme.activations is not None or METHODS[method].statistic is not None
+            agent = quantize_agent(self.agent, scheme, method=method, inputs=self._inputs() if needs_inputs else None)
+        row = _Row(scheme, method, agent)
+        kept = self._kept(row.name)
+        if kept is not None:
+            row.returns, row.profile = kept["returns"], kept["profile"]
+        return row
+
+    def _inputs(self) -> Inputs:
+        if self._calibration is None:
+            seed = self.settings.seed + CALIBRATION_SEED
+            self._calibration = collect(self.agent, self.settings.calibration_episodes, seed=seed, pool=self.pool)
+        return self._calibration
+
+    def _play(self, row: _Row, wanted: int) -> None:
+        """Bring a row to ``wanted`` episodes, keeping what is done after each chunk."""
+        while len(row.returns) < wanted:
+            done = len(row.returns)
+            self.progress(row.name, done, wanted)
+            played = rollout(
+                row.agent,
+                range(done, min(done + _CHUNK, wanted)),
+                seed=self.settings.seed,
+                pool=self.pool,
+                batch=self.batch,
+                workers=self.workers,
+                device=self.settings.device,
+            )
+            row.returns += played.returns.tolist()
+            self._keep_row(row)
+        self.progress(row.name, wanted, wanted)
+
+    def _play_until_decided(self, rows: list[_Row], random_score: float) -> None:
+        """Extend undecided rows (and the reference) up to ``LOOKS`` looks in all."""
+        for _ in range(LOOKS - 1):
+            verdicts = {row.name: self._retention(row, rows[0], random_score) for row in rows[1:]}
+            open_rows = [row for row in rows[1:] if verdicts[row.name].verdict == "undecided"]
+            lengths = [
+                min(len(row.returns) + (verdicts[row.name].more_episodes or 0), self.settings.max_episodes)
+                for row in open_rows
+            ]
+            if not open_rows or all(n == len(row.returns) for n, row in zip(lengths, open_rows, strict=True)):
+                return
+            self._play(rows[0], max(lengths))
+            for row, length in zip(open_rows, lengths, strict=True):
+                self._play(row, length)
+
+    def _measure(self, row: _Row, reference: _Row) -> None:
+        """Fill the profile: bytes, agreement, latency, histograms."""
+        if row.profile:
+            return
+        self.progress(row.name, len(row.returns), len(row.returns))
+        row.profile = {
+            "weights_bytes": weight_bytes(row.agent.actor),
+            "artifact_bytes": _artifact_bytes(row.agent),
+            "agreement": plain(self._agreement(row, reference)),
+            "latency_us": plain(self._latency(row)),
+            "weights": plain(self._histograms(row)),
+        }
+        self._keep_row(row)
+
+    def _agreement(self, row: _Row, reference: _Row) -> Agreement:
+        if self._shared is None:
+            # Always the same episodes in the same batch, whatever the user's batch and workers.
+            episodes = min(self.settings.episodes, _AGREEMENT_EPISODES)
+            self._shared = collect(self.agent, episodes, seed=self.settings.seed, pool=self.pool)
+        before, after = (self._shared.outputs(r.agent.actor.cpu()) for r in (reference, row))
+        head = self.agent.head
+        bounds = {} if head.discrete else dict(zip(("low", "high"), head.space.bounds(), strict=True))
+        if head.discrete:
+            bounds = {"reference_outputs": before, "candidate_outputs": after}
+        found = action_agreement(head(before), head(after), head.discrete, **bounds)
+        if self.agent.values_actions:
+            found = Agreement(found.action, found.max_abs, q_gap(before, after))
+        return found
+
+    def _latency(self, row: _Row) -> Any:
+        if self._observations is None:
+            self._observations = raw_observations(self.agent, seed=self.settings.seed, pool=self.pool)
+        session = Session(row.agent, rows=1, tile=1, device=self.settings.device)
+        starts = np.zeros(1, bool)
+        with single_thread():
+            return measure_latency(
+                lambda observation: session.act(batch_of_one(observation), starts),
+                self._observations,
+                simulated=not row.scheme.is_identity,
+            )
+
+    def _histograms(self, row: _Row) -> Any:
+        if row.scheme.is_identity:
+            return ()
+        inputs = self._calibration if row.scheme.activations is not None else None
+        return weight_histograms(float_twin(self.agent.actor, row.scheme, inputs), row.agent.actor)
+
+    def _retention(self, row: _Row, reference: _Row, random_score: float) -> Retention:
+        if row is reference:
+            return Retention.of_reference()
+        looks = LOOKS if self.settings.sequential else 1
+        return compare(
+            np.asarray(reference.returns[: len(row.returns)]),
+            np.asarray(row.returns),
+            random_score=random_score,
+            margin=self.settings.margin,
+            confidence=1 - (1 - self.settings.confidence) / looks,
+            seed=self.settings.seed,
+        )
+
+    def _measurement(self, row: _Row, reference: _Row, random_score: float) -> Measurement:
+        settings, profile = self.settings, row.profile
+        row_fields = Measurement(
+            precision=row.scheme.name,
+            method=row.method,
+            runtime="torch",
+            score=Score.from_episodes(row.returns, confidence=settings.confidence, seed=settings.seed),
+            retention=self._retention(row, reference, random_score),
+            bytes=Size(profile["weights_bytes"], profile["artifact_bytes"]),
+            compression=reference.profile["weights_bytes"] / profile["weights_bytes"],
+            agreement=profile["agreement"],
+            latency=profile["latency_us"],
+            weights=profile["weights"],
+        )
+        return row_fields
+
+    def _kept(self, name: str) -> dict[str, Any] | None:
+        return self.pieces.piece(name) if self.pieces is not None else None
+
+    def _keep(self, name: str, content: dict[str, Any]) -> None:
+        if self.pieces is not None:
+            self.pieces.save_piece(name, content)
+
+    def _keep_row(self, row: _Row) -> None:
+        self._keep(row.name, {"returns": row.returns, "profile": row.profile})
+
+
+def evaluate(agent: Agent, precisions: Sequence[str] = ("fp32", "int8", "w8a8"), **settings: Any) -> dict[str, Any]:
+    """Evaluate an agent at each precision; the Python twin of ``rlquant evaluate``.
+
+    Args:
+        agent: from :func:`rlquant.control.load`, :meth:`Agent.from_module` or :func:`rlquant.control.from_sb3`.
+        precisions: scheme names.
+        **settings: further fields of :class:`Settings`.
+
+    Returns:
+        ``{"reference": {...}, "rows": [...]}`` as in results.json.
+    """
+    return Evaluation(agent, Settings(precisions=tuple(precisions), **settings)).run()
+
+
+def subject(agent: Agent) -> dict[str, Any]:
+    """The ``subject`` of a results document."""
+    return {
+        "source": agent.source,
+        "kind": "control",
+        "algorithm": agent.algorithm,
+        "env": agent.env.id,
+        "parameters": agent.parameters,
+        "sha256": agent.sha256,
+    }
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """The ``settings`` of a results document."""
+    return {**asdict(settings), "precisions": list(settings.precisions), "methods": list(settings.methods)}
+
+
+def _artifact_bytes(agent: Agent) -> int | None:
+    """Bytes on disk; None where the network is a custom module that no artifact can tell."""
+    try:
+        return sum(map(len, artifact_files(agent).values()))
+    except InputError:
+        return None
