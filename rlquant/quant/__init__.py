@@ -17,7 +17,7 @@ from rlquant.quant.methods import METHODS, Method, Site, empty_layer, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
 from rlquant.quant.observers import Observer, weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
-from rlquant.quant.quantize import prepare_empty_, quantizable, quantize_
+from rlquant.quant.ptq import prepare_empty_, quantizable, quantize_
 from rlquant.quant.ranges import OBSERVERS, get_observer
 from rlquant.quant.recurrent import QuantGRU, QuantLSTM
 from rlquant.quant.scheme import SCHEME_EXAMPLES, Scheme, scheme_choices
