@@ -214,7 +214,7 @@ def test_as_many_more_episodes_as_asked_for_decide(ratio):
 
 @pytest.mark.parametrize("ratio", [0.95, 1.0])
 def test_more_episodes_is_about_the_smallest_number_that_decides(ratio):
-    """With the ratio held fixed (the same episodes again), 0.4 of the total is too few and all of it decides."""
+    """With the ratio held fixed (the same episodes again), 0.4 of the total is too few and all decides."""
     rng = np.random.default_rng(5)
     reference, candidate = normal_pair(rng, 40, ratio, own=20)
     candidate += (ratio - compare(reference, candidate, random_score=20.0).value) * (reference.mean() - 20)

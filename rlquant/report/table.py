@@ -1,0 +1,111 @@
+"""The results in a terminal: a table, and one line per verdict. Readable without colour and in 80 columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlquant.report.wording import (
+    UNDEFINED,
+    bytes_text,
+    findings,
+    interval_text,
+    is_reference,
+    number_text,
+    percent_text,
+    row_labels,
+    words,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["terminal_table", "verdict_lines"]
+
+WIDE = 120
+"""From this many columns on, the table also shows IQM, worst decile, agreement and p99."""
+
+_STYLES = {"lost": "bold red", "undecided": "yellow", "retained": "green", "reference": "dim"}
+
+
+def terminal_table(document: dict[str, Any], width: int = 80) -> Table:
+    """One line per row of the document.
+
+    Args:
+        document: a valid results document.
+        width: columns of the terminal; from WIDE on, more figures are shown.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    wide, rows = width >= WIDE, document["rows"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    if any((row["latency_us"] or {}).get("simulated") for row in rows):
+        table.caption = "~ simulated: not computed with the packed low-bit weights"
+        table.caption_justify = "left"
+    for header, flexible in _columns(words(document).score, wide):
+        table.add_column(header, justify="left" if flexible else "right", no_wrap=not flexible)
+    for row, label in zip(rows, row_labels(rows), strict=True):
+        verdict = "reference" if is_reference(document, row) else row["retention"]["verdict"]
+        style = _STYLES[verdict]
+        cells = [Text(label, style="bold" if verdict != "lost" else style), *map(Text, _score(row, wide))]
+        cells += [
+            Text(_retention(row), style=style),
+            Text("LOST" if verdict == "lost" else verdict, style=style),
+        ]
+        table.add_row(*cells, *map(Text, _cost(row, wide)))
+    return table
+
+
+def verdict_lines(document: dict[str, Any]) -> list[Text]:
+    """What the table means, one line per compared row, losses first and in bold red with their numbers."""
+    from rich.text import Text
+
+    lines = []
+    for finding in findings(document):
+        style = _STYLES[finding.verdict]
+        detail = "" if finding.verdict == "retained" else f" {finding.detail}"
+        lines.append(Text.assemble((f"{finding.headline}.", style), detail))
+    return lines
+
+
+def _columns(score: str, wide: bool) -> list[tuple[str, bool]]:
+    """Header, and whether the column may wrap."""
+    middle = [("IQM", False), ("worst 10%", False)] if wide else []
+    cost = [("agree", False), ("weights", False), ("ratio", False)] if wide else [("weights", False)]
+    speed = [("p50 us", False), ("p99 us", False)] if wide else [("p50 us", False)]
+    return [
+        ("precision", True),
+        (f"{score} ± std", False),
+        *middle,
+        ("retention", False),
+        ("verdict", False),
+        *cost,
+        *speed,
+    ]
+
+
+def _score(row: dict[str, Any], wide: bool) -> list[str]:
+    score = row["score"]
+    cells = [f"{number_text(score['mean'])} ± {number_text(score['std'])}"]
+    return [*cells, number_text(score["iqm"]), number_text(score.get("worst_decile"))] if wide else cells
+
+
+def _retention(row: dict[str, Any]) -> str:
+    retention = row["retention"]
+    if retention["value"] is None:
+        return UNDEFINED
+    return f"{retention['value']:.3f} {interval_text(retention['ci'])}"
+
+
+def _cost(row: dict[str, Any], wide: bool) -> list[str]:
+    agreement = (row["agreement"] or {}).get("action")
+    latency = row["latency_us"] or {}
+    mark = "~" if latency.get("simulated") else ""
+    p50, p99 = (f"{mark}{number_text(latency[key])}" if latency else UNDEFINED for key in ("p50", "p99"))
+    weights = bytes_text(row["bytes"]["weights"])
+    if not wide:
+        return [weights, p50]
+    ratio = UNDEFINED if row["compression"] is None else f"{row['compression']:.2f}x"
+    return [UNDEFINED if agreement is None else percent_text(agreement), weights, ratio, p50, p99]
