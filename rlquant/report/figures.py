@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlquant.report.wording import is_reference, row_labels, words
+from rlquant.report.wording import row_labels, row_verdict, words
 
 __all__ = ["figures", "pareto_front"]
 
@@ -75,15 +75,11 @@ def _figure(height: int, **layout: Any) -> Any:
     return go.Figure(layout=base | layout)
 
 
-def _verdict(document: dict[str, Any], row: dict[str, Any]) -> str:
-    return "reference" if is_reference(document, row) else row["retention"]["verdict"]
-
-
 def _labelled(document: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
     """(row, escaped label, verdict) for each row."""
     rows = document["rows"]
     return [
-        (row, escape(label), _verdict(document, row))
+        (row, escape(label), row_verdict(document, row))
         for row, label in zip(rows, row_labels(rows), strict=True)
     ]
 

@@ -14,10 +14,10 @@ from rlquant.report.wording import (
     bytes_text,
     findings,
     interval_text,
-    is_reference,
     number_text,
     percent_text,
     row_labels,
+    row_verdict,
     words,
 )
 
@@ -57,7 +57,7 @@ def render_report(document: dict[str, Any]) -> str:
         document=document,
         words=words(document),
         findings=findings(document),
-        rows=list(zip(rows, row_labels(rows), [_verdict_class(document, row) for row in rows], strict=True)),
+        rows=list(zip(rows, row_labels(rows), [row_verdict(document, row) for row in rows], strict=True)),
         drawn=drawn,
         layers_left_out=any(len(row.get("weights", ())) > MAX_LAYERS for row in rows),
         max_layers=MAX_LAYERS,
@@ -79,10 +79,6 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
         for row in document["rows"]
     ]
     return document | {"subject": subject, "rows": rows}
-
-
-def _verdict_class(document: dict[str, Any], row: dict[str, Any]) -> str:
-    return "reference" if is_reference(document, row) else row["retention"]["verdict"]
 
 
 def _asset(name: str) -> str:

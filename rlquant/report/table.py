@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlquant.report.wording import (
     UNDEFINED,
     bytes_text,
     findings,
     interval_text,
-    is_reference,
     number_text,
     percent_text,
     row_labels,
+    row_verdict,
     words,
 )
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["terminal_table", "verdict_lines"]
 
-WIDE = 120
-"""From this many columns on, the table also shows IQM, worst decile, agreement and p99."""
-
 _STYLES = {"lost": "bold red", "undecided": "yellow", "retained": "green", "reference": "dim"}
 
 
@@ -33,21 +30,31 @@ def terminal_table(document: dict[str, Any], width: int = 80) -> Table:
 
     Args:
         document: a valid results document.
-        width: columns of the terminal; from WIDE on, more figures are shown.
+        width: columns of the terminal. Where they suffice (about 120), IQM, worst decile, agreement,
+            compression and p99 are shown too.
     """
+    from rich.console import Console
+
+    wide = _table(document, wide=True)
+    fits = Console(width=1000).measure(wide).maximum <= width
+    return wide if fits else _table(document, wide=False)
+
+
+def _table(document: dict[str, Any], wide: bool) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    wide, rows = width >= WIDE, document["rows"]
+    rows = document["rows"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     if any((row["latency_us"] or {}).get("simulated") for row in rows):
         table.caption = "~ simulated: not computed with the packed low-bit weights"
         table.caption_justify = "left"
     for header, flexible in _columns(words(document).score, wide):
-        table.add_column(header, justify="left" if flexible else "right", no_wrap=not flexible)
+        justify: Literal["left", "right"] = "left" if flexible else "right"
+        table.add_column(header, justify=justify, no_wrap=not flexible, overflow="fold")
     for row, label in zip(rows, row_labels(rows), strict=True):
-        verdict = "reference" if is_reference(document, row) else row["retention"]["verdict"]
+        verdict = row_verdict(document, row)
         style = _STYLES[verdict]
         cells = [Text(label, style="bold" if verdict != "lost" else style), *map(Text, _score(row, wide))]
         cells += [

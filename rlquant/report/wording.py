@@ -21,6 +21,7 @@ __all__ = [
     "number_text",
     "percent_text",
     "row_labels",
+    "row_verdict",
     "words",
 ]
 
@@ -64,6 +65,11 @@ def is_reference(document: dict[str, Any], row: Row) -> bool:
     """Whether ``row`` is the reference that the others are compared with: the first of its precision."""
     precision = document["reference"]["precision"]
     return row is next((r for r in document["rows"] if r["precision"] == precision), None)
+
+
+def row_verdict(document: dict[str, Any], row: Row) -> str:
+    """The verdict on ``row``, or "reference"."""
+    return "reference" if is_reference(document, row) else row["retention"]["verdict"]
 
 
 def row_labels(rows: Sequence[Row]) -> list[str]:
