@@ -55,9 +55,11 @@ class Observer:
         """Scalar qparams (shape ``[]``) of what was seen. Raises InputError where that is nothing."""
         if self.count == 0:
             raise InputError("nothing was observed, so no range can be chosen: run calibration data first")
-        # With the extremes in the sample, a rule sees the true range however small the sample is.
-        values = torch.cat([self._sample, self._extremes])[None]
-        low, high = self.rule(values, self.fmt)
+        values = self._sample
+        if self.count > self.sample_size:
+            # With the extremes beside the sample, a rule sees the true range whatever the sample missed.
+            values = torch.cat([values, self._extremes])
+        low, high = self.rule(values[None], self.fmt)
         return qparams_from_range(low[0], high[0], self.fmt)
 
     def _take_sample(self, flat: Tensor) -> None:
