@@ -44,7 +44,9 @@ KINDS = ("agents", "envs", "recipes", "schemes")
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(f"rlquant {__version__}")
         raise typer.Exit

@@ -116,7 +116,9 @@ def run_quantize(
     scheme, chosen = Scheme.parse(scheme_name), get_method(method)
     agent = load(source, env=env, normaliser=normaliser, trust=trust)
     if agent.precision != "fp32":
-        raise InputError(f"{source} is quantized to {agent.precision} already; quantize the agent it was made from")
+        raise InputError(
+            f"{source} is quantized to {agent.precision} already; quantize the agent it was made from"
+        )
     inputs = None
     if scheme.needs_calibration or scheme.activations is not None or chosen.statistic is not None:
         inputs = collect(agent, calibration_episodes, seed=seed + CALIBRATION_SEED)
@@ -160,7 +162,9 @@ def _device(name: str) -> str:
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
-            raise InputError(f"the device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+            raise InputError(
+                f"the device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
+            )
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from rlquant import catalog
@@ -41,6 +42,8 @@ def print_formats(name: str | None, value: float | None) -> None:
             row += [f"{stored:.9g}", f"{error:.2%}" if math.isfinite(error) else "-"]
         rows.append(row)
     _print_table(columns, rows)
+    if value is not None and any(fmt.kind == "int" for fmt in chosen):
+        print("\nInteger formats store multiples of a scale; shown for a scale of 1.")
     if name and chosen[0].bits <= 8:
         numbers = [f"{number:g}" for number in chosen[0].values().tolist()]
         print(f"\n{len(numbers)} values: {' '.join(numbers)}")
@@ -51,7 +54,15 @@ def _agents() -> None:
     for name in catalog.agents():
         card = catalog.agent_card(name)
         score = card["score"]
-        rows.append([name, card["algorithm"], card["env"], card["network"], f"{score['mean']:.1f} ± {score['std']:.1f}"])
+        rows.append(
+            [
+                name,
+                card["algorithm"],
+                card["env"],
+                card["network"],
+                f"{score['mean']:.1f} ± {score['std']:.1f}",
+            ]
+        )
     _print_table(["agent", "algorithm", "environment", "network", "score"], rows)
 
 
@@ -77,10 +88,14 @@ def _schemes() -> None:
     for name in scheme_choices():
         scheme = Scheme.parse(name)
         activations = scheme.activations.name if scheme.activations else "fp32"
-        rows.append([name, scheme.weights.name, activations, str(scheme.granularity)])
+        grain = scheme.granularity
+        per = f"group of {grain.group_size}" if grain.group_size else grain.kind
+        rows.append([name, scheme.weights.name, activations, per if scheme.weights.is_scaled else "-"])
     _print_table(["scheme", "weights", "activations", "scale per"], rows)
     print(f"\nwXaY takes 2 to 16 bits each, as in {', '.join(SCHEME_EXAMPLES)}.")
-    print(f"Suffixes: -gN -tensor -asym -dynamic and an observer ({', '.join(OBSERVERS)}). Methods: {', '.join(METHODS)}.")
+    print(
+        f"Suffixes: -gN -tensor -asym -dynamic and an observer ({', '.join(OBSERVERS)}). Methods: {', '.join(METHODS)}."
+    )
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -88,7 +103,10 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    # A pipe has no width: whole rows, so that grep and cut work.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)

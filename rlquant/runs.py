@@ -97,14 +97,17 @@ class RunFolder:
             return
         keep = self.path / "previous" / old
         try:
-            keep.mkdir(parents=True, exist_ok=True)
-            for name in ("results.json", "report.html", "settings.json"):
-                if (self.path / name).is_file():
-                    (self.path / name).replace(keep / name)
+            if (self.path / "results.json").is_file():
+                keep.mkdir(parents=True, exist_ok=True)
+                for name in ("results.json", "report.html", "settings.json"):
+                    if (self.path / name).is_file():
+                        (self.path / name).replace(keep / name)
             for piece in (self.path / "pieces").glob("*.json"):
                 piece.unlink()
         except OSError as error:
-            raise InputError(f"the output folder {self.path} cannot be written to: {error.strerror}") from None
+            raise InputError(
+                f"the output folder {self.path} cannot be written to: {error.strerror}"
+            ) from None
 
 
 def machine_info(device: str = "cpu") -> dict[str, Any]:

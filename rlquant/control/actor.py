@@ -18,7 +18,8 @@ from rlquant.errors import InputError, unknown_name
 __all__ = ["ACTIVATIONS", "Actor", "FeatureMap", "build_layers", "describe_layers"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Identity)
+    cls.__name__: cls
+    for cls in (nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Identity)
 }
 
 
@@ -27,6 +28,9 @@ class FeatureMap(nn.Module):
 
     Buffers: ``low`` and ``inverse_span``, float32 ``[features]``.
     """
+
+    low: Tensor
+    inverse_span: Tensor
 
     def __init__(self, low: Tensor, span: Tensor) -> None:
         super().__init__()
@@ -59,7 +63,11 @@ class Actor(nn.Module):
         rnn: an LSTM or GRU between encoders and trunk, or None.
     """
 
-    def __init__(self, encoders: dict[str, nn.Module], trunk: nn.Module, rnn: nn.Module | None = None) -> None:
+    rnn: Any
+
+    def __init__(
+        self, encoders: dict[str, nn.Module], trunk: nn.Module, rnn: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.keys = tuple(encoders)
         self.encoders = nn.ModuleDict({_module_name(key): module for key, module in encoders.items()})
@@ -109,7 +117,9 @@ class Actor(nn.Module):
     @classmethod
     def build(cls, doc: dict[str, Any]) -> Actor:
         """The network of a description, with fresh weights."""
-        encoders: dict[str, nn.Module] = {key: build_layers(layers) for key, layers in doc["encoders"].items()}
+        encoders: dict[str, nn.Module] = {
+            key: build_layers(layers) for key, layers in doc["encoders"].items()
+        }
         rnn = None if doc["rnn"] is None else build_layers([doc["rnn"]])[0]
         return cls(encoders, build_layers(doc["trunk"]), rnn)
 
@@ -157,8 +167,8 @@ def describe_layers(module: nn.Module) -> list[dict[str, Any]]:
 
 def build_layers(docs: list[dict[str, Any]]) -> nn.Sequential:
     """The inverse of :func:`describe_layers`."""
-    known = {"Linear": nn.Linear, "Conv2d": nn.Conv2d, "LSTM": nn.LSTM, "GRU": nn.GRU}
-    known |= {"FeatureMap": FeatureMap.empty, "Flatten": nn.Flatten, "Hardtanh": nn.Hardtanh} | ACTIVATIONS  # type: ignore[assignment]
+    known: dict[str, Any] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d, "LSTM": nn.LSTM, "GRU": nn.GRU}
+    known |= {"FeatureMap": FeatureMap.empty, "Flatten": nn.Flatten, "Hardtanh": nn.Hardtanh} | ACTIVATIONS
     layers = []
     for doc in docs:
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in doc.items() if k != "layer"}

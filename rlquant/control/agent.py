@@ -112,7 +112,9 @@ class Agent:
         """
         spec = EnvSpec(env) if isinstance(env, str) else env
         world = make_env(spec)
-        observation, action = (Space.from_gym(space) for space in (world.observation_space, world.action_space))
+        observation, action = (
+            Space.from_gym(space) for space in (world.observation_space, world.action_space)
+        )
         world.close()
         parts = _natural_parts(observation, frame_stack, scale_images, normaliser)
         kinds = {"discrete": "argmax", "multidiscrete": "multi_argmax", "multibinary": "threshold"}
@@ -151,7 +153,11 @@ def _try(actor: Actor, parts: dict[str, ObservationPart], head: Head) -> None:
         with torch.no_grad():
             outputs, _ = actor(example)
     except Exception as error:
-        raise InputError(f"the module does not take observations {list(example[''].shape)}: {error}") from None
+        raise InputError(
+            f"the module does not take observations {list(example[''].shape)}: {error}"
+        ) from None
     if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, head.outputs):
         shape = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise InputError(f"the module puts out {shape}, but {head.space.describe()} takes [n, {head.outputs}]")
+        raise InputError(
+            f"the module puts out {shape}, but {head.space.describe()} takes [n, {head.outputs}]"
+        )

@@ -89,7 +89,9 @@ def load_artifact(folder: str | Path) -> Agent:
     except OSError as error:
         raise InputError(f"{path / 'policy.safetensors'} cannot be read: {error.strerror}") from None
     if hashlib.sha256(raw).hexdigest() != document["tensors_sha256"]:
-        raise InputError(f"{path / 'policy.safetensors'} is not the file that policy.json was saved with; it was damaged or swapped")
+        raise InputError(
+            f"{path / 'policy.safetensors'} is not the file that policy.json was saved with; it was damaged or swapped"
+        )
     try:
         return _agent(document, load(raw), path)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError, SafetensorError) as error:
@@ -107,7 +109,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: it is not JSON") from None
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise InputError(f"{path} has the schema {schema!r}; this rlquant reads {SCHEMA!r}. Upgrade rlquant or export anew")
+        raise InputError(
+            f"{path} has the schema {schema!r}; this rlquant reads {SCHEMA!r}. Upgrade rlquant or export anew"
+        )
     return dict(document)
 
 

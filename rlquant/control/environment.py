@@ -146,7 +146,9 @@ def _versions(requested: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _has_goal(env: gym.Env) -> bool:
-    return isinstance(env.observation_space, gym.spaces.Dict) and "desired_goal" in env.observation_space.spaces
+    return (
+        isinstance(env.observation_space, gym.spaces.Dict) and "desired_goal" in env.observation_space.spaces
+    )
 
 
 def _describe_spaces(env: gym.Env) -> str:
@@ -183,7 +185,9 @@ def _register_package(module: str, package: str, env_id: str) -> None:
     try:
         gym.register_envs(__import__(module))
     except ImportError:
-        raise InputError(f"the environment {env_id} needs the package {package}: pip install {package}") from None
+        raise InputError(
+            f"the environment {env_id} needs the package {package}: pip install {package}"
+        ) from None
 
 
 def _register_robotics() -> None:

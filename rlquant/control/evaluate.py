@@ -14,34 +14,20 @@ import numpy as np
 
 from rlquant import catalog
 from rlquant.control.agent import Agent
-from rlquant.control.artifact import artifact_files
-from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect, raw_observations
+from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect
 from rlquant.control.environment import random_scores
-from rlquant.control.quantize import float_twin, quantize_agent, weight_histograms
+from rlquant.control.profile import Profiler
+from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool, rollout
-from rlquant.control.session import Session, batch_of_one
 from rlquant.errors import InputError
-from rlquant.measure import (
-    Agreement,
-    Measurement,
-    Retention,
-    Score,
-    Size,
-    action_agreement,
-    compare,
-    measure_latency,
-    plain,
-    q_gap,
-    single_thread,
-)
-from rlquant.quant import METHODS, Scheme, get_method, weight_bytes
+from rlquant.measure import Measurement, Retention, Score, Size, compare
+from rlquant.quant import METHODS, Scheme, get_method
 
 __all__ = ["LOOKS", "Evaluation", "Pieces", "Settings", "evaluate"]
 
 LOOKS = 5
 """How often a sequential run may look; each look's interval has confidence ``1 - (1 - c) / LOOKS`` (Bonferroni)."""
 
-_AGREEMENT_EPISODES = 8
 _RANDOM_EPISODES = 100
 _CHUNK = 256  # episodes between two saves of a long row
 
@@ -81,9 +67,13 @@ class Settings:
                 "20 give a first impression, 100 an interval worth quoting"
             )
         if not 0 <= self.seed < CALIBRATION_SEED - self.max_episodes:
-            raise InputError(f"the seed must be between 0 and {CALIBRATION_SEED - self.max_episodes - 1}, not {self.seed}")
+            raise InputError(
+                f"the seed must be between 0 and {CALIBRATION_SEED - self.max_episodes - 1}, not {self.seed}"
+            )
         if not 0 <= self.margin < 1:
-            raise InputError(f"the margin must be at least 0 and below 1, not {self.margin}; 0.02 allows a loss of 2%")
+            raise InputError(
+                f"the margin must be at least 0 and below 1, not {self.margin}; 0.02 allows a loss of 2%"
+            )
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
         for method in self.methods:
@@ -159,8 +149,6 @@ class Evaluation:
         self.progress = progress or (lambda _name, _done, _wanted: None)
         self.pool = EnvPool(agent.env)
         self._calibration: Inputs | None = None
-        self._shared: Inputs | None = None
-        self._observations: list[Any] | None = None
 
     def run(self) -> dict[str, Any]:
         """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
@@ -171,8 +159,7 @@ class Evaluation:
                 self._play(row, self.settings.episodes)
             if self.settings.sequential:
                 self._play_until_decided(rows, random_score)
-            for row in rows:
-                self._measure(row, rows[0])
+            self._measure(rows)
         finally:
             self.pool.close()
         measured = [self._measurement(row, rows[0], random_score) for row in rows]
@@ -180,8 +167,8 @@ class Evaluation:
         return {"reference": reference, "rows": [measurement.to_row() for measurement in measured]}
 
     def _random_score(self) -> float:
-        card = catalog.env_card(self.agent.env.id)
-        if card and not self.agent.env.kwargs:
+        card = catalog.env_card(self.agent.env.id) or {}
+        if card.get("random_score") and card["make"]["kwargs"] == self.agent.env.kwargs:
             return float(card["random_score"]["mean"])
         kept = self._kept("random")
         if kept is None:
@@ -196,7 +183,9 @@ class Evaluation:
             agent = self.agent
         else:
             needs_inputs = scheme.activations is not None or METHODS[method].statistic is not None
-            agent = quantize_agent(self.agent, scheme, method=method, inputs=self._inputs() if needs_inputs else None)
+            agent = quantize_agent(
+                self.agent, scheme, method=method, inputs=self._inputs() if needs_inputs else None
+            )
         row = _Row(scheme, method, agent)
         kept = self._kept(row.name)
         if kept is not None:
@@ -206,7 +195,9 @@ class Evaluation:
     def _inputs(self) -> Inputs:
         if self._calibration is None:
             seed = self.settings.seed + CALIBRATION_SEED
-            self._calibration = collect(self.agent, self.settings.calibration_episodes, seed=seed, pool=self.pool)
+            self._calibration = collect(
+                self.agent, self.settings.calibration_episodes, seed=seed, pool=self.pool
+            )
         return self._calibration
 
     def _play(self, row: _Row, wanted: int) -> None:
@@ -242,52 +233,19 @@ class Evaluation:
             for row, length in zip(open_rows, lengths, strict=True):
                 self._play(row, length)
 
-    def _measure(self, row: _Row, reference: _Row) -> None:
-        """Fill the profile: bytes, agreement, latency, histograms."""
-        if row.profile:
+    def _measure(self, rows: list[_Row]) -> None:
+        """Fill the profiles that are not there yet."""
+        missing = [row for row in rows if not row.profile]
+        if not missing:
             return
-        self.progress(row.name, len(row.returns), len(row.returns))
-        row.profile = {
-            "weights_bytes": weight_bytes(row.agent.actor),
-            "artifact_bytes": _artifact_bytes(row.agent),
-            "agreement": plain(self._agreement(row, reference)),
-            "latency_us": plain(self._latency(row)),
-            "weights": plain(self._histograms(row)),
-        }
-        self._keep_row(row)
-
-    def _agreement(self, row: _Row, reference: _Row) -> Agreement:
-        if self._shared is None:
-            # Always the same episodes in the same batch, whatever the user's batch and workers.
-            episodes = min(self.settings.episodes, _AGREEMENT_EPISODES)
-            self._shared = collect(self.agent, episodes, seed=self.settings.seed, pool=self.pool)
-        before, after = (self._shared.outputs(r.agent.actor.cpu()) for r in (reference, row))
-        head = self.agent.head
-        bounds = {} if head.discrete else dict(zip(("low", "high"), head.space.bounds(), strict=True))
-        if head.discrete:
-            bounds = {"reference_outputs": before, "candidate_outputs": after}
-        found = action_agreement(head(before), head(after), head.discrete, **bounds)
-        if self.agent.values_actions:
-            found = Agreement(found.action, found.max_abs, q_gap(before, after))
-        return found
-
-    def _latency(self, row: _Row) -> Any:
-        if self._observations is None:
-            self._observations = raw_observations(self.agent, seed=self.settings.seed, pool=self.pool)
-        session = Session(row.agent, rows=1, tile=1, device=self.settings.device)
-        starts = np.zeros(1, bool)
-        with single_thread():
-            return measure_latency(
-                lambda observation: session.act(batch_of_one(observation), starts),
-                self._observations,
-                simulated=not row.scheme.is_identity,
-            )
-
-    def _histograms(self, row: _Row) -> Any:
-        if row.scheme.is_identity:
-            return ()
-        inputs = self._calibration if row.scheme.activations is not None else None
-        return weight_histograms(float_twin(self.agent.actor, row.scheme, inputs), row.agent.actor)
+        settings = self.settings
+        profiler = Profiler(
+            self.agent, self.pool, seed=settings.seed, episodes=settings.episodes, device=settings.device
+        )
+        for row in missing:
+            calibration = self._inputs() if row.scheme.activations is not None else None
+            row.profile = profiler.profile(row.agent, row.scheme, calibration)
+            self._keep_row(row)
 
     def _retention(self, row: _Row, reference: _Row, random_score: float) -> Retention:
         if row is reference:
@@ -304,7 +262,7 @@ class Evaluation:
 
     def _measurement(self, row: _Row, reference: _Row, random_score: float) -> Measurement:
         settings, profile = self.settings, row.profile
-        row_fields = Measurement(
+        return Measurement(
             precision=row.scheme.name,
             method=row.method,
             runtime="torch",
@@ -316,7 +274,6 @@ class Evaluation:
             latency=profile["latency_us"],
             weights=profile["weights"],
         )
-        return row_fields
 
     def _kept(self, name: str) -> dict[str, Any] | None:
         return self.pieces.piece(name) if self.pieces is not None else None
@@ -329,7 +286,9 @@ class Evaluation:
         self._keep(row.name, {"returns": row.returns, "profile": row.profile})
 
 
-def evaluate(agent: Agent, precisions: Sequence[str] = ("fp32", "int8", "w8a8"), **settings: Any) -> dict[str, Any]:
+def evaluate(
+    agent: Agent, precisions: Sequence[str] = ("fp32", "int8", "w8a8"), **settings: Any
+) -> dict[str, Any]:
     """Evaluate an agent at each precision; the Python twin of ``rlquant evaluate``.
 
     Args:
@@ -358,11 +317,3 @@ def subject(agent: Agent) -> dict[str, Any]:
 def settings_json(settings: Settings) -> dict[str, Any]:
     """The ``settings`` of a results document."""
     return {**asdict(settings), "precisions": list(settings.precisions), "methods": list(settings.methods)}
-
-
-def _artifact_bytes(agent: Agent) -> int | None:
-    """Bytes on disk; None where the network is a custom module that no artifact can tell."""
-    try:
-        return sum(map(len, artifact_files(agent).values()))
-    except InputError:
-        return None

@@ -62,13 +62,14 @@ class Head:
         if masks is not None:
             outputs = np.where(masks.reshape(outputs.shape), outputs, -np.inf)
         if self.kind == "argmax":
-            return outputs.argmax(axis=1)
+            return np.asarray(outputs.argmax(axis=1))
         if self.kind == "multi_argmax":
             branches = np.split(outputs, np.cumsum(self.space.sizes)[:-1], axis=1)
             return np.stack([branch.argmax(axis=1) for branch in branches], axis=1)
         if self.kind == "threshold":
             return (outputs > 0).astype(np.int8).reshape(-1, *self.space.shape)
         low, high = self._bounds  # type: ignore[attr-defined]
+        actions: np.ndarray
         if self.kind == "clip":
             actions = np.clip(outputs, low, high)
         else:

@@ -72,7 +72,7 @@ def _scalar(dtype: _Dtype, raw: bytes) -> Any:
     return np.frombuffer(raw, dtype.build(), count=1)[0].item()
 
 
-def _frombuffer(raw: bytes, dtype: _Dtype, shape: Any, order: str) -> _Array:
+def _frombuffer(raw: bytes, dtype: _Dtype, shape: Any, order: Any) -> _Array:
     """Protocol 5 in-band arrays: ``numpy._core.numeric._frombuffer``."""
     array = _Array()
     array.value = np.frombuffer(raw, dtype.build()).reshape(shape, order=order).copy()

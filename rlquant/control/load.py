@@ -126,7 +126,9 @@ def _card_spec(env_id: str) -> EnvSpec:
 
 def _named(env: str | None, path: Path) -> EnvSpec:
     if env is None:
-        raise InputError(f"{path} does not say which environment it was trained in; name it: --env CartPole-v1")
+        raise InputError(
+            f"{path} does not say which environment it was trained in; name it: --env CartPole-v1"
+        )
     return _card_spec(env)
 
 
@@ -136,16 +138,15 @@ def _from_zoo(zoo: ZooFolder, env: str | None, trust: bool) -> Agent:
     return _from_zip(zoo.checkpoint, spec, statistics, zoo.frame_stack, trust)
 
 
-def _from_zip(
-    path: Path, spec: EnvSpec, statistics: dict[str, Normaliser], stack: int, trust: bool
-) -> Agent:
-    if trust:
-        from rlquant.control.trusted import read_trusted
+def _from_zip(path: Path, spec: EnvSpec, statistics: dict[str, Normaliser], stack: int, trust: bool) -> Agent:
+    try:
+        return _from_checkpoint(read_checkpoint(path, trust=trust), spec, statistics, stack)
+    except InputError:
+        if not trust:
+            raise
+    from rlquant.control.trusted import load_with_sb3
 
-        checkpoint = read_trusted(path)
-    else:
-        checkpoint = read_checkpoint(path)
-    return _from_checkpoint(checkpoint, spec, statistics, stack)
+    return load_with_sb3(path, spec, statistics)
 
 
 def _from_checkpoint(
@@ -212,7 +213,9 @@ def _with_statistics(
     fitted = dict(parts)
     for key, normaliser in statistics.items():
         if key not in parts:
-            raise InputError(f"the normaliser has statistics for {key!r}; the observation has {', '.join(parts)}")
+            raise InputError(
+                f"the normaliser has statistics for {key!r}; the observation has {', '.join(parts)}"
+            )
         if normaliser.mean.shape != parts[key].space.shape:
             raise InputError(
                 f"the normaliser covers observations of shape {list(normaliser.mean.shape)}; the environment's "

@@ -41,7 +41,8 @@ class Normaliser:
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         """Normalise ``[n, *shape]`` to float32 of the same shape."""
         scaled = (observations - self.mean) / self._std  # type: ignore[attr-defined]
-        return np.clip(scaled, -self.clip, self.clip).astype(np.float32)
+        clipped: np.ndarray = np.clip(scaled, -self.clip, self.clip).astype(np.float32)
+        return clipped
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; a Python float prints as the shortest text that reads back exactly."""

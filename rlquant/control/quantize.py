@@ -9,6 +9,7 @@ arithmetic. One grid for ``x'`` is then one grid per feature of ``x``.
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,9 @@ OBSERVATION_HEADROOM = 0.125
 """Widens each feature's calibrated range on both sides by this share: episodes differ in how far they go."""
 
 
-def quantize_agent(agent: Agent, scheme: Scheme, *, method: str = "rtn", inputs: Inputs | None = None) -> Agent:
+def quantize_agent(
+    agent: Agent, scheme: Scheme, *, method: str = "rtn", inputs: Inputs | None = None
+) -> Agent:
     """A quantized copy of an agent; the agent itself stays as it is.
 
     Args:
@@ -79,7 +82,11 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
         with torch.no_grad():
             features = encoder(parts[key])
         width = features.shape[1]
-        if all(isinstance(layer, nn.Flatten | nn.Identity) for layer in encoder.modules() if not _is_container(layer)):
+        if all(
+            isinstance(layer, nn.Flatten | nn.Identity)
+            for layer in encoder.modules()
+            if not _is_container(layer)
+        ):
             low, high = features.amin(0), features.amax(0)
             margin = OBSERVATION_HEADROOM * (high - low)
             low, span = low - margin, high - low + 2 * margin
@@ -97,7 +104,8 @@ def _use_whole_grid(actor: Actor, scheme: Scheme) -> None:
     if not all(isinstance(list(actor.encoder(key).modules())[-1], FeatureMap) for key in actor.keys):
         return
     first = actor.rnn if actor.rnn is not None else actor.trunk[0]  # type: ignore[index]
-    assert isinstance(first, QuantizedLayer) and scheme.activations is not None
+    assert isinstance(first, QuantizedLayer)
+    assert scheme.activations is not None
     name = next(iter(first.activation_quantizers()))
     unit = qparams_from_range(torch.zeros(()), torch.ones(()), scheme.activations)
     first.get_submodule(name).set(unit)  # type: ignore[operator]
@@ -115,7 +123,9 @@ def _first_layer(trunk: nn.Module) -> nn.Module | None:
 
 def _absorb(layer: nn.Module, columns: slice, low: Tensor, span: Tensor) -> None:
     """``W x + b`` with ``x = low + span x'``: scale the columns, move the rest into the bias (in float64)."""
-    weight, bias = (layer.weight, layer.bias) if isinstance(layer, nn.Linear) else (layer.weight_ih_l0, layer.bias_ih_l0)
+    suffix = "" if isinstance(layer, nn.Linear) else "_ih_l0"
+    weight: Tensor = getattr(layer, f"weight{suffix}")
+    bias: Tensor | None = getattr(layer, f"bias{suffix}")
     with torch.no_grad():
         part = weight[:, columns].double()
         shift = (part @ low.double()).to(weight.dtype)

@@ -8,7 +8,7 @@ mean commutes with the linear layer), and TD3's final tanh becomes part of the h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from rlquant.errors import InputError
 __all__ = ["build_network", "example_inputs"]
 
 _TENSORS = dict[str, Tensor]
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 _ACTOR_CRITIC = ("A2C", "PPO", "TRPO", "RecurrentPPO", "MaskablePPO")
 # NatureCNN's fixed strides, by the index of its convolutions (kernel sizes are in the tensors).
 _NATURE_STRIDES = {0: 4, 2: 2, 4: 1}
@@ -73,7 +74,9 @@ class _Builder:
     def actor_critic(self) -> Actor:
         """A2C, PPO, TRPO and their recurrent and masked kin."""
         prefix = "pi_features_extractor" if self._has("pi_features_extractor") else "features_extractor"
-        layers = self._mlp("mlp_extractor.shared_net", end=True) + self._mlp("mlp_extractor.policy_net", end=True)
+        layers = self._mlp("mlp_extractor.shared_net", end=True) + self._mlp(
+            "mlp_extractor.policy_net", end=True
+        )
         trunk = nn.Sequential(*layers, self._linear("action_net"))
         rnn = self._lstm("lstm_actor") if self._has("lstm_actor") else None
         return Actor(self._encoders(prefix), trunk, rnn)
@@ -112,11 +115,15 @@ class _Builder:
 
     def _mlp(self, prefix: str, *, end: bool) -> list[nn.Module]:
         """Layers of SB3's ``create_mlp``: linear layers with an activation between, and after if ``end``."""
-        indices = {name[len(prefix) + 1 :].split(".")[0] for name in self.tensors if name.startswith(prefix + ".")}
+        indices = {
+            name[len(prefix) + 1 :].split(".")[0] for name in self.tensors if name.startswith(prefix + ".")
+        }
         if not indices and end:
             return []
         if not indices or not all(index.isdigit() for index in indices):
-            raise InputError(f"this {self.algorithm} policy has no network {prefix!r} as SB3 builds it; use --trust")
+            raise InputError(
+                f"this {self.algorithm} policy has no network {prefix!r} as SB3 builds it; use --trust"
+            )
         layers: list[nn.Module] = []
         for index in sorted(map(int, indices)):
             layers += [self._linear(f"{prefix}.{index}"), self.activation()]
@@ -141,7 +148,8 @@ class _Builder:
             return {"": self._encoder(prefix, self.observation)}
         # Insertion order is SB3's order of concatenation; gymnasium sorts the keys of a Dict.
         return {
-            key: self._encoder(f"{prefix}.extractors.{key}", part) for key, part in self.observation.spaces.items()
+            key: self._encoder(f"{prefix}.extractors.{key}", part)
+            for key, part in self.observation.spaces.items()
         }
 
     def _encoder(self, prefix: str, space: Space) -> nn.Module:
@@ -150,22 +158,28 @@ class _Builder:
             return nn.Sequential(nn.Flatten())
         if not all(name.startswith(("cnn.", "linear.0.")) for name in names):
             odd = sorted(names)[0]
-            raise InputError(f"this policy has a custom features extractor ({prefix}.{odd}); repeat with --trust")
+            raise InputError(
+                f"this policy has a custom features extractor ({prefix}.{odd}); repeat with --trust"
+            )
         layers: list[nn.Module] = []
         for index, stride in _NATURE_STRIDES.items():
             weight = self._tensor(f"{prefix}.cnn.{index}.weight", dims=4)
-            conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), stride=stride)
+            conv = nn.Conv2d(
+                weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), stride=stride
+            )
             layers += [_fill(conv, weight, self.tensors[f"{prefix}.cnn.{index}.bias"]), nn.ReLU()]
         layers += [nn.Flatten(), self._linear(f"{prefix}.linear.0"), nn.ReLU()]
         if space.kind != "box" or len(space.shape) != 3 or space.shape[0] != layers[0].in_channels:
-            raise InputError(f"the CNN expects {layers[0].in_channels} image channels, not {space.describe()}")
+            raise InputError(
+                f"the CNN expects {layers[0].in_channels} image channels, not {space.describe()}"
+            )
         return nn.Sequential(*layers)
 
 
-def _fill(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+def _fill(layer: _Layer, weight: Tensor, bias: Tensor | None) -> _Layer:
     with torch.no_grad():
         layer.weight.copy_(weight)
-        if bias is not None:
+        if bias is not None and layer.bias is not None:
             layer.bias.copy_(bias)
     return layer
 

@@ -20,7 +20,7 @@ import torch
 from rlquant.control.spaces import Space
 from rlquant.errors import InputError
 
-__all__ = ["ALGORITHMS", "Checkpoint", "read_checkpoint"]
+__all__ = ["ALGORITHMS", "Checkpoint", "guess_by_fields", "read_checkpoint", "read_data"]
 
 ALGORITHMS = (
     *("A2C", "PPO", "DQN", "DDPG", "TD3", "SAC"),
@@ -77,8 +77,25 @@ class Checkpoint:
         return kwargs if isinstance(kwargs, dict) else {}
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+# Fields that only one algorithm's checkpoint has, the more special first.
+_FIELDS = {
+    "top_quantiles_to_drop_per_net": "TQC",
+    "n_quantiles": "QRDQN",
+    "cg_max_steps": "TRPO",
+    "n_delta": "ARS",
+    "clip_range": "PPO",
+    "target_entropy": "SAC",
+    "target_policy_noise": "TD3",
+    "exploration_fraction": "DQN",
+}
+
+
+def read_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
     """Read an SB3 zip; runs none of its code.
+
+    Args:
+        path: the zip.
+        trust: unpickle ``policy.pth`` whatever it holds, which does run its code.
 
     Raises:
         InputError: it is missing, no SB3 zip, truncated, of an unknown algorithm, holds anything but
@@ -87,9 +104,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     content = _read_file(path)
     with _open_zip(path, content) as archive:
         data = _read_json(path, archive)
-        tensors = _read_tensors(path, archive)
+        tensors = _read_tensors(path, archive, trust)
     sha256 = hashlib.sha256(content).hexdigest()
     return Checkpoint(path, _algorithm(path, data), data, tensors, sha256)
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The plain JSON fields of an SB3 zip. Raises InputError as :func:`read_checkpoint` does."""
+    with _open_zip(path, _read_file(path)) as archive:
+        return _read_json(path, archive)
+
+
+def guess_by_fields(data: dict[str, Any]) -> str:
+    """The algorithm, from its hyper-parameters alone: for policies whose class does not tell."""
+    return next((algorithm for field, algorithm in _FIELDS.items() if field in data), "A2C")
 
 
 def _read_file(path: Path) -> bytes:
@@ -104,12 +132,16 @@ def _open_zip(path: Path, content: bytes) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except zipfile.BadZipFile:
         kind = "is truncated or damaged" if content[:2] == b"PK" else "is no zip file"
-        raise InputError(f"{path} {kind}; a Stable-Baselines3 checkpoint is the .zip that model.save() writes") from None
+        raise InputError(
+            f"{path} {kind}; a Stable-Baselines3 checkpoint is the .zip that model.save() writes"
+        ) from None
     names = set(archive.namelist())
     missing = {"data", "policy.pth"} - names
     if missing:
         found = ", ".join(sorted(names)[:5]) or "nothing"
-        raise InputError(f"{path} is no Stable-Baselines3 zip: it lacks {', '.join(sorted(missing))} (it holds {found})")
+        raise InputError(
+            f"{path} is no Stable-Baselines3 zip: it lacks {', '.join(sorted(missing))} (it holds {found})"
+        )
     return archive
 
 
@@ -134,13 +166,15 @@ def _read_json(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     return data
 
 
-def _read_tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, archive: zipfile.ZipFile, trust: bool) -> dict[str, torch.Tensor]:
     raw = _read_member(path, archive, "policy.pth")
     try:
-        tensors = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        tensors = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=not trust)
     except Exception as error:
         reason = str(error).strip().splitlines()
-        detail = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0] if reason else "")
+        detail = next(
+            (line for line in reason if "GLOBAL" in line or "global" in line), reason[0] if reason else ""
+        )
         raise InputError(
             f"{path}: policy.pth was refused, it is not a plain state dict ({detail.strip()[:200]}). Nothing was "
             "run. If you trust its author, repeat with --trust"
@@ -161,10 +195,12 @@ def _algorithm(path: Path, data: dict[str, Any]) -> str:
     if module == "stable_baselines3.td3.policies":
         # SB3's DDPG is TD3 with a delay of one and no target noise.
         return "DDPG" if data.get("policy_delay") == 1 and not data.get("target_noise_clip") else "TD3"
-    if module in ("stable_baselines3.common.policies", "stable_baselines3.ppo.policies", "stable_baselines3.a2c.policies"):
-        if "cg_max_steps" in data:
-            return "TRPO"
-        return "PPO" if "clip_range" in data else "A2C"
+    if module in (
+        "stable_baselines3.common.policies",
+        "stable_baselines3.ppo.policies",
+        "stable_baselines3.a2c.policies",
+    ):
+        return guess_by_fields(data)
     raise InputError(
         f"{path}: the policy class comes from {module or 'an unknown module'}, which is not one of SB3's or "
         f"sb3-contrib's ({', '.join(ALGORITHMS)}). If you trust its author, repeat with --trust"

@@ -38,7 +38,13 @@ _TARGETS = {
 }
 # Rebuilt by the loader from plain numbers; pickled, they would tie the zip to one Python version.
 _REBUILT_BY_LOADER = ("lr_schedule", "exploration_schedule")
-_TRAINING_STATE = ("_last_obs", "_last_original_obs", "_last_episode_starts", "ep_info_buffer", "ep_success_buffer")
+_TRAINING_STATE = (
+    "_last_obs",
+    "_last_original_obs",
+    "_last_episode_starts",
+    "ep_info_buffer",
+    "ep_success_buffer",
+)
 
 
 def save_actor(model: BaseAlgorithm, path: str | Path) -> Path:
@@ -82,7 +88,9 @@ def _rebuild(model: BaseAlgorithm) -> BaseAlgorithm:
     settings |= dict.fromkeys(_TRAINING_STATE)
     settings |= {
         "policy_kwargs": _smallest_critic(model),
-        "learning_rate": float(model.lr_schedule(1.0)) if hasattr(model, "lr_schedule") else model.learning_rate,
+        "learning_rate": float(model.lr_schedule(1.0))
+        if hasattr(model, "lr_schedule")
+        else model.learning_rate,
         "n_envs": 1,
         "seed": None,  # a seed would reset the global generators of whoever loads the zip
         "tensorboard_log": None,
@@ -106,11 +114,17 @@ def _smallest_critic(model: BaseAlgorithm) -> dict[str, Any]:
     kwargs = dict(model.policy_kwargs or {})
     policy = model.policy
     if isinstance(policy, ActorCriticPolicy):
-        kwargs |= {"net_arch": {"pi": _layers(policy.net_arch, "pi"), "vf": [1]}, "share_features_extractor": True}
+        kwargs |= {
+            "net_arch": {"pi": _layers(policy.net_arch, "pi"), "vf": [1]},
+            "share_features_extractor": True,
+        }
         if hasattr(policy, "lstm_actor"):
             kwargs |= {"shared_lstm": True, "enable_critic_lstm": False}
     elif hasattr(policy, "critic"):
-        kwargs |= {"net_arch": {"pi": _layers(policy.net_arch, "pi"), "qf": [1]}, "share_features_extractor": True}
+        kwargs |= {
+            "net_arch": {"pi": _layers(policy.net_arch, "pi"), "qf": [1]},
+            "share_features_extractor": True,
+        }
         if "n_critics" in kwargs:
             kwargs["n_critics"] = 1
     return kwargs

@@ -176,4 +176,3 @@ def _parse_dict_repr(text: str) -> dict[str, Space]:
     if not parts:
         raise InputError("the checkpoint's Dict observation space cannot be read")
     return parts
-

@@ -79,7 +79,11 @@ def _checkpoint(folder: Path, name: str) -> Path:
 def _normaliser(settings: Path, config: dict[str, Any]) -> Path | None:
     declared = config.get("normalize")
     if isinstance(declared, str):
-        declared = _literal_dict(declared, "normalize") if "dict" in declared or "{" in declared else declared == "True"
+        declared = (
+            _literal_dict(declared, "normalize")
+            if "dict" in declared or "{" in declared
+            else declared == "True"
+        )
     if isinstance(declared, dict):
         declared = declared.get("norm_obs", True)
     if not declared:
