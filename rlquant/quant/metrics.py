@@ -27,7 +27,7 @@ def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
     inf where the tensors are equal, -inf where the reference is all zero and they differ.
     """
     noise = float(_difference(reference, quantized).square().sum())
-    signal = float(reference.double().square().sum())
+    signal = float(reference.detach().double().square().sum())
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
@@ -39,4 +39,4 @@ def _difference(reference: Tensor, quantized: Tensor) -> Tensor:
             f"cannot compare shapes {tuple(reference.shape)} and {tuple(quantized.shape)}: "
             "the tensors must have one shape and at least one element"
         )
-    return reference.double() - quantized.double()
+    return reference.detach().double() - quantized.detach().double()

@@ -138,7 +138,8 @@ def _replace(
     if id(module) in made:
         return made[id(module)]
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in made:  # a shared layer stands under several parents
-                setattr(parent, name, made[id(child)])
+        # Not named_children, which gives a layer once however many names share it.
+        for name, child in parent._modules.items():
+            if id(child) in made:
+                parent._modules[name] = made[id(child)]
     return module
