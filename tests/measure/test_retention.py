@@ -1,6 +1,7 @@
 """The paired comparison: its ratio, its interval's coverage, its verdict and its call for more episodes."""
 
 import math
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -160,14 +161,27 @@ def test_a_constant_reference_at_the_random_score_is_not_divided_by(score):
     assert result.more_episodes is None
 
 
+def exact_mass(reference, candidate, keep):
+    """Probability, over all n**n resamples, that the ratio satisfies ``keep`` or has no reference gain."""
+    n = len(reference)
+    counts = np.array([np.bincount(c, minlength=n) for c in combinations_with_replacement(range(n), n)])
+    weight = scipy.stats.multinomial.pmf(counts, n, np.full(n, 1 / n))
+    gain, reference_gain = counts @ candidate, counts @ reference
+    return weight[(reference_gain <= 0) | keep(gain / reference_gain)].sum()
+
+
 def test_resamples_without_reference_gain_only_widen_the_interval():
-    # one resample in fifty draws no episode with gain: its mean is -1 and its ratio has the wrong sign
-    reference = np.array([-1.0] * 4 + [9.0] * 3)
-    result = compare(
-        reference, reference + np.array([1, -1, 1, -1, 1, -1, 0.0]), random_score=0.0, confidence=0.8
-    )
-    assert all(math.isfinite(end) for end in result.ci)
-    assert result.ci[0] < result.value < result.ci[1]
+    # one resample in fifty draws no episode with gain: its ratio would have the wrong sign
+    reference = np.array([-1.0, -1.1, -0.9, -1.2, 8.0, 9.0, 10.0])
+    candidate = reference * 0.8 + np.array([0.3, -1.0, 0.9, -0.2, 0.6, -0.9, 0.1])
+    low, high = compare(reference, candidate, random_score=0.0, confidence=0.85, resamples=200_000).ci
+    tail = scipy.stats.norm.cdf(-math.sqrt(7 / 6) * scipy.stats.t.ppf(0.925, 6))
+    assert (4 / 7) ** 7 < tail < 2 * (4 / 7) ** 7  # they matter: more than half of each tail
+    noise = 0.002  # of 200000 resamples: 4 standard errors
+    assert exact_mass(reference, candidate, lambda r: r < low - 1e-9) <= tail + noise
+    assert exact_mass(reference, candidate, lambda r: r <= low + 1e-9) >= tail - noise
+    assert exact_mass(reference, candidate, lambda r: r > high + 1e-9) <= tail + noise
+    assert exact_mass(reference, candidate, lambda r: r >= high - 1e-9) >= tail - noise
 
 
 def test_one_episode_has_a_ratio_and_no_interval():

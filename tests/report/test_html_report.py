@@ -174,6 +174,7 @@ def test_text_of_the_document_cannot_become_markup():
     assert len(page.scripts) == 3
     assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
     assert EVIL in page.text
+    assert not set("<>&") & set(page.scripts[0])
     labels = json.dumps(page.figures()["retention"])
     assert "<img" not in labels
     assert "&lt;img" in labels  # Plotly reads markup in labels, so they arrive escaped
