@@ -135,6 +135,9 @@ def _open_zip(path: Path, content: bytes) -> zipfile.ZipFile:
         raise InputError(
             f"{path} {kind}; a Stable-Baselines3 checkpoint is the .zip that model.save() writes"
         ) from None
+    if min((item.header_offset for item in archive.infolist()), default=0) > 0:
+        # Cut before its directory, the file shows that of a torch archive inside it.
+        raise InputError(f"{path} is truncated or damaged; save the model again")
     names = set(archive.namelist())
     missing = {"data", "policy.pth"} - names
     if missing:

@@ -1,0 +1,52 @@
+"""What tests share: the agents of others (where they are), and the command line run in process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlquant import cli
+
+
+# One thread: the networks are small, and several test processes share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """Agents that the rl-baselines3-zoo authors trained, laid out as in their repository."""
+    folder = os.environ.get("RLQUANT_TEST_ZOO")
+    if not folder:
+        pytest.skip("RLQUANT_TEST_ZOO does not name a folder of rl-zoo agents")
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rlquant(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Run the command line as ``rlquant ARGS``, in this process."""
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["rlquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        code = stopped.value.code
+        captured = capsys.readouterr()
+        return Finished(int(code or 0), captured.out, captured.err)
+
+    return run

@@ -1,0 +1,160 @@
+"""Folding, artifacts and plain torch modules."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sb3_models import MODELS, env_id, vec_env
+from torch import nn
+
+from rlquant.control import Agent, Normaliser, Session, collect, from_sb3, load, quantize_agent, save_artifact
+from rlquant.control.actor import Actor
+from rlquant.control.quantize import fold_observation_ranges_
+from rlquant.errors import InputError
+from rlquant.quant import QuantizedLayer, Scheme
+
+
+@given(seed=st.integers(0, 10_000), spread=st.floats(0.01, 1000.0), recurrent=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_folding_the_observation_ranges_changes_no_output(seed: int, spread: float, recurrent: bool) -> None:
+    torch.manual_seed(seed)
+    rnn = nn.LSTM(5, 6) if recurrent else None
+    trunk = nn.Sequential(nn.Linear(6 if recurrent else 5, 7), nn.Tanh(), nn.Linear(7, 2))
+    actor = Actor({"": nn.Sequential(nn.Flatten())}, trunk.double(), rnn.double() if rnn else None)
+    x = torch.randn(20, 5, dtype=torch.float64) * torch.tensor([1, spread, 0, 1 / spread, 3]) + 2
+    folded = copy.deepcopy(actor)
+    with torch.no_grad():
+        fold_observation_ranges_(folded, {"": x})
+        before, after = actor({"": x})[0], folded({"": x})[0]
+        mapped = folded.encoder("")(x)
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+    assert mapped.min() > 0
+    assert mapped.max() < 1
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int3-g8", "nf4", "w8a8", "w4a8-g16-asym", "w8a8-dynamic"])
+@pytest.mark.parametrize("name", ["ppo", "ppo-cnn", "ppo-dict", "recurrent", "qrdqn", "sac-sde"])
+def test_an_artifact_acts_as_the_agent_that_was_saved(name: str, scheme: str, tmp_path: Path) -> None:
+    observation, action, build = MODELS[name]
+    agent = from_sb3(build(vec_env(observation, action)), env=env_id(observation, action))
+    quantized = quantize_agent(agent, Scheme.parse(scheme), inputs=collect(agent, 2, seed=1))
+    total = save_artifact(quantized, tmp_path / "artifact")
+    assert total == sum(path.stat().st_size for path in (tmp_path / "artifact").iterdir())
+    restored = load(tmp_path / "artifact")
+    assert (restored.precision, restored.method) == (scheme, "rtn")
+    assert restored.parameters == agent.parameters
+    inputs = collect(agent, 1, seed=2)
+    np.testing.assert_array_equal(inputs.outputs(restored.actor), inputs.outputs(quantized.actor))
+
+
+def test_the_agent_itself_is_left_alone() -> None:
+    agent = load("ppo-cartpole")
+    before = copy.deepcopy(agent.actor.state_dict())
+    quantized = quantize_agent(agent, Scheme.parse("w4a8"), inputs=collect(agent, 1, seed=1))
+    assert any(isinstance(module, QuantizedLayer) for module in quantized.actor.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in agent.actor.state_dict().items())
+
+
+def test_a_normaliser_travels_with_the_artifact(zoo: Path, tmp_path: Path) -> None:
+    agent = load(zoo / "ppo/Hopper-v3_1")
+    save_artifact(quantize_agent(agent, Scheme.parse("int8")), tmp_path)
+    restored = load(tmp_path)
+    expected, found = agent.parts[""].normaliser, restored.parts[""].normaliser
+    assert expected is not None
+    assert found is not None
+    np.testing.assert_array_equal(found.mean, expected.mean)
+    np.testing.assert_array_equal(found.var, expected.var)
+    assert (found.clip, found.epsilon) == (expected.clip, expected.epsilon)
+
+
+def damage(folder: Path, kind: str) -> None:
+    document, tensors = folder / "policy.json", folder / "policy.safetensors"
+    if kind == "flipped":
+        content = bytearray(tensors.read_bytes())
+        content[-1] ^= 1
+        tensors.write_bytes(content)
+    elif kind == "truncated":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif kind == "missing":
+        tensors.unlink()
+    elif kind == "no json":
+        document.write_text("{")
+    else:
+        fields = json.loads(document.read_text())
+        if kind == "newer":
+            fields["schema"] = "rlquant.policy/9"
+        else:
+            fields["actor"]["trunk"][0]["out_features"] += 1
+        document.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "no json", "newer", "other architecture"])
+def test_damaged_artifacts_are_refused(kind: str, tmp_path: Path) -> None:
+    save_artifact(quantize_agent(load("ppo-cartpole"), Scheme.parse("int8")), tmp_path)
+    damage(tmp_path, kind)
+    with pytest.raises(InputError, match="policy"):
+        load(tmp_path)
+
+
+def test_an_artifact_is_not_evaluated_against_itself(rlquant, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert rlquant("quantize", "ppo-cartpole", "--scheme", "w8a8", "--out", tmp_path / "a").status == 0
+    again = rlquant("evaluate", tmp_path / "a", "--out", tmp_path / "run")
+    assert again.status == 2
+    assert "quantized to w8a8 already" in again.err
+
+
+class CleanRLActor(nn.Module):
+    """An actor as CleanRL's scripts write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * self.network(x)
+
+
+def test_a_plain_torch_module_acts_and_is_quantized() -> None:
+    torch.manual_seed(0)
+    module = CleanRLActor()
+    normaliser = Normaliser(np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 3.0]))
+    agent = Agent.from_module(module, env="Pendulum-v1", normaliser=normaliser)
+    env = gym.make("Pendulum-v1")
+    observation, _ = env.reset(seed=0)
+    shown = (observation - normaliser.mean) / np.sqrt(normaliser.var + 1e-8)
+    with torch.no_grad():
+        expected = module(torch.as_tensor(shown, dtype=torch.float32)[None]).clamp(-2, 2)[0].numpy()
+    np.testing.assert_allclose(agent.act(observation), expected, atol=1e-6)
+    quantized = quantize_agent(agent, Scheme.parse("w8a8"), inputs=collect(agent, 1, seed=0))
+    assert abs(float(quantized.act(observation)[0]) - float(expected[0])) < 0.05
+
+
+def test_modules_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="does not take observations"):
+        Agent.from_module(nn.Linear(5, 2), env="CartPole-v1")
+    with pytest.raises(InputError, match=r"puts out \[2, 3\]"):
+        Agent.from_module(nn.Linear(4, 3), env="CartPole-v1")
+    with pytest.raises(InputError, match="a tanh head cannot act"):
+        Agent.from_module(nn.Linear(4, 2), env="CartPole-v1", head="tanh")
+
+
+def test_nan_observations_are_refused() -> None:
+    agent = load("ppo-cartpole")
+    with pytest.raises(InputError, match="holds NaN"):
+        agent.act(np.array([0, np.nan, 0, 0], np.float32))
+
+
+def test_one_action_at_a_time_needs_no_memory(zoo: Path) -> None:
+    observation, action, build = MODELS["recurrent"]
+    agent = from_sb3(build(vec_env(observation, action)), env=env_id(observation, action))
+    with pytest.raises(InputError, match="has memory"):
+        agent.act(np.zeros(5, np.float32))
+    assert Session(agent, rows=1).act(np.zeros((1, 5), np.float32), np.ones(1, bool)).shape == (1, 2)
