@@ -36,7 +36,7 @@ def test_folding_the_observation_ranges_changes_no_output(seed: int, spread: flo
         before, after = actor({"": x})[0], folded({"": x})[0]
         mapped = folded.encoder("")(x)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
-    assert mapped.min() > 0
+    assert mapped.min() >= 0  # a constant feature sits at the end of its empty range
     assert mapped.max() < 1
 
 
