@@ -67,6 +67,9 @@ def test_zero_is_exact_even_where_the_data_never_comes_near_it(low: float, span:
     for bounds in ((low, low + span), (-low - span, -low)):
         qparams = qparams_from_range(torch.tensor(bounds[0]), torch.tensor(bounds[1]), unsigned(bits))
         assert float(fake_quantize(torch.zeros(()), qparams, unsigned(bits))) == 0.0
+        ends = torch.tensor(bounds)
+        error = (fake_quantize(ends, qparams, unsigned(bits)) - ends).abs()
+        assert (error <= half_step(qparams.scale, 2**bits)).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -102,6 +102,15 @@ def test_dynamic_forward_takes_the_range_of_each_row() -> None:
     assert torch.equal(layer(x), F.linear(layer.input_quant(x), layer.packed.dequantize()))
 
 
+def test_dynamic_convolutions_take_one_range_for_an_image() -> None:
+    images = seeded(2, 3, 12, 12)
+    fake = quantize_(nn.Conv2d(3, 2, 3), "w8a3-dynamic").input_quant(images)
+    for image, original in zip(fake, images, strict=True):
+        assert image.unique().numel() == 8
+        step = float(original.max() - original.min()) / 7
+        assert (image - original).abs().max() <= step * 0.501
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic", "w3a4-dynamic"])
 def test_the_rows_of_a_batch_do_not_touch_each_other(scheme: str) -> None:
     x = seeded(9, 37)
