@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -83,6 +84,10 @@ def _select(module: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
     return chosen
 
 
+def _dynamic(scheme: Scheme) -> Scheme:
+    return replace(scheme, dynamic=True, activation_observer="minmax")
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
@@ -106,7 +111,7 @@ def _calibrate(
     if calibration is None:
         raise InputError(
             f"{scheme.name} needs calibration data to fix its ranges: pass calibration=[inputs, ...]"
-            + (f", or take {scheme.name}-dynamic" if ranges else "")
+            + (f", or take {_dynamic(scheme).name}" if ranges else "")
         )
     both = {name: [part[name] for part in (ranges, statistics) if name in part] for name in layers}
     run_calibration(module, calibration, layers, both)

@@ -32,7 +32,7 @@ class _QuantRNN(QuantizedLayer):
     def __init__(self, layer: nn.LSTM | nn.GRU, scheme: Scheme) -> None:
         """An empty layer of ``layer``'s sizes. Raises InputError for bidirectional or projected layers."""
         super().__init__()
-        refuse_unsupported(layer)
+        _refuse_unsupported(layer)
         self.scheme = scheme
         self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
         self.num_layers, self.batch_first, self.bias = layer.num_layers, layer.batch_first, layer.bias
@@ -107,16 +107,7 @@ class _QuantRNN(QuantizedLayer):
                 f"a quantized recurrent layer takes a tensor, not {type(x).__name__}: pad the sequences"
             )
         batched = x.dim() == 3
-        if not batched:
-            x = x.unsqueeze(1)
-        elif self.batch_first:
-            x = x.transpose(0, 1)
-        if state is None:
-            zeros = x.new_zeros(self.num_layers, x.shape[1], self.hidden_size)
-            state = (zeros,) * states
-        elif not batched:
-            state = tuple(part.unsqueeze(1) for part in state)
-        output, last = self._run(x, state)
+        output, last = self._run(*_time_major(x, state, self, states))
         if not batched:
             return output.squeeze(1), tuple(part.squeeze(1) for part in last)
         return output.transpose(0, 1) if self.batch_first else output, last
@@ -160,7 +151,7 @@ class QuantGRU(_QuantRNN):
         return ((1 - update) * new + update * state[0],)
 
 
-def refuse_unsupported(layer: nn.LSTM | nn.GRU) -> None:
+def _refuse_unsupported(layer: nn.LSTM | nn.GRU) -> None:
     """Raise InputError for a recurrent layer that is bidirectional or projects its hidden state."""
     if layer.bidirectional or layer.proj_size:
         what = "bidirectional" if layer.bidirectional else "projected (proj_size)"
@@ -173,22 +164,31 @@ def run_float_layers(
     layer: nn.LSTM | nn.GRU, x: Tensor, hx: tuple[Tensor, Tensor] | Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
     """What calibration must see of a float layer: (input, hidden states that enter a step) per layer."""
-    batched = x.dim() == 3
-    x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if layer.batch_first else x
-    given = () if hx is None else tuple(hx) if isinstance(hx, tuple) else (hx,)
+    given = (hx,) if isinstance(hx, Tensor) else hx
+    x, state = _time_major(x, given, layer, 2 if isinstance(layer, nn.LSTM) else 1)
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if layer.bias else ("weight_ih", "weight_hh")
     seen = []
     for k in range(layer.num_layers):
-        names = [f"weight_ih_l{k}", f"weight_hh_l{k}"] + (
-            [f"bias_ih_l{k}", f"bias_hh_l{k}"] if layer.bias else []
-        )
-        zeros = x.new_zeros(1, x.shape[1], layer.hidden_size)
-        state = tuple(part[k].view(zeros.shape) for part in given) or (zeros,) * (
-            2 if isinstance(layer, nn.LSTM) else 1
-        )
-        output, _ = _fused(x, state, [getattr(layer, name) for name in names], 1, layer.bias)
-        seen.append((x, torch.cat([state[0], output[:-1]])))
+        weights = [getattr(layer, f"{kind}_l{k}") for kind in kinds]
+        entering = tuple(part[k : k + 1] for part in state)
+        output, _ = _fused(x, entering, weights, 1, layer.bias)
+        seen.append((x, torch.cat([entering[0], output[:-1]])))
         x = output
     return seen
+
+
+def _time_major(
+    x: Tensor, state: tuple[Tensor, ...] | None, layer: nn.LSTM | nn.GRU | _QuantRNN, states: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Input ``[T, N, input_size]`` and states ``[num_layers, N, hidden_size]``, zeros where none were given."""
+    batched = x.dim() == 3
+    if not batched:
+        x = x.unsqueeze(1)
+    elif layer.batch_first:
+        x = x.transpose(0, 1)
+    if state is None:
+        return x, (x.new_zeros(layer.num_layers, x.shape[1], layer.hidden_size),) * states
+    return x, state if batched else tuple(part.unsqueeze(1) for part in state)
 
 
 def _fused(

@@ -186,6 +186,7 @@ def test_bad_requests_are_refused_and_change_nothing() -> None:
     refused(r"Sequential has no layer to quantize: supported are Linear, Conv2d, LSTM, GRU", "int8",
             module=nn.Sequential(nn.ReLU()))  # fmt: skip
     refused("w8a8 needs calibration data", "w8a8")
+    refused("or take w4a8-g32-asym-dynamic$", "w4a8-g32-asym-act_mse")
     refused("calibration holds no batch", "w8a8", calibration=[])
     refused("calibration never reached layer 'critic.0'.*name it in skip", "w8a8", calibration=x)
     bad = x.clone()
