@@ -8,6 +8,7 @@ changed observation is never fed to a network that was not trained on it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import sys
@@ -63,7 +64,7 @@ def make_env(spec: EnvSpec) -> gym.Env:
     if spec.id not in gym.registry:
         raise unknown_name("environment", spec.id, _choices_near(spec.id))
     try:
-        with _quiet():
+        with _quiet(spec.id):
             env = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         if "moved" in str(error):
@@ -157,9 +158,10 @@ def _describe_spaces(env: gym.Env) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(env_id: str = "") -> Iterator[None]:
     """Keep notices about other versions and model files, which a user cannot act on, off the terminal."""
-    mujoco = sys.modules.get("mujoco")
+    made_by = str(getattr(gym.registry.get(env_id), "entry_point", ""))
+    mujoco: Any = importlib.import_module("mujoco") if "mujoco" in made_by else sys.modules.get("mujoco")
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         if mujoco is not None:
