@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def save_actor(model: BaseAlgorithm, path: str | Path) -> Path:
     """Write the deployable actor of a Stable-Baselines3 or sb3-contrib ``model`` to ``path``.
 
     The zip loads with ``type(model).load(path)``, and its deterministic actions equal the model's bit for bit.
+    The same model gives the same bytes, whenever it is saved.
     It is made for acting: training cannot resume from it, since critics and optimizer states are gone.
     An observation normaliser (``VecNormalize``) is a file of its own in Stable-Baselines3: save it beside the zip.
 
@@ -70,11 +72,11 @@ def save_actor(model: BaseAlgorithm, path: str | Path) -> Path:
     slim = _rebuild(model)
     _copy_actor(model.policy, slim.policy)
     _share_targets(slim.policy)
-    buffer = io.BytesIO()
-    slim.save(buffer, exclude=_REBUILT_BY_LOADER)
+    saved = io.BytesIO()
+    slim.save(saved, exclude=_REBUILT_BY_LOADER)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(_repack(saved))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -95,6 +97,7 @@ def _rebuild(model: BaseAlgorithm) -> BaseAlgorithm:
         "seed": None,  # a seed would reset the global generators of whoever loads the zip
         "tensorboard_log": None,
         "action_noise": None,
+        "start_time": 0.0,
         "verbose": 0,
     }
     if "buffer_size" in settings:
@@ -160,6 +163,16 @@ def _share_targets(policy: nn.Module) -> None:
             continue
         for (_, own), (_, followed) in zip(_tensors(target), _tensors(source), strict=True):
             own.data = followed.data
+
+
+def _repack(saved: io.BytesIO) -> bytes:
+    """The zip compressed, without clock times and without the description of the machine it was saved on."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            if name != "system_info.txt":
+                target.writestr(zipfile.ZipInfo(name), source.read(name), zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Any]]:
