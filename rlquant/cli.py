@@ -59,6 +59,9 @@ def evaluate(
     precisions: Annotated[
         str, typer.Option("--precisions", help="Comma-separated schemes; see 'rlquant ls schemes'.")
     ] = "fp32,bf16,int8,w8a8,int4,w4a8",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The fp32 agent that an artifact was made from.")
+    ] = None,
     methods: Annotated[
         str, typer.Option("--method", "--methods", help="Comma-separated quantization methods.")
     ] = "rtn",
@@ -88,6 +91,7 @@ def evaluate(
     run_evaluate(
         EvaluateOptions(
             source=source,
+            reference=reference,
             env=env,
             precisions=_names(precisions, "--precisions"),
             methods=_names(methods, "--methods"),

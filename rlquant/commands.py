@@ -25,6 +25,7 @@ class EvaluateOptions:
     """Options of ``rlquant evaluate``; see its help."""
 
     source: str
+    reference: str | None
     env: str | None
     precisions: tuple[str, ...]
     methods: tuple[str, ...]
@@ -66,18 +67,23 @@ def run_evaluate(options: EvaluateOptions) -> None:
     if options.runtime not in RUNTIMES:
         raise unknown_name("runtime", options.runtime, RUNTIMES)
     agent = load(options.source, env=options.env, normaliser=options.normaliser, trust=options.trust)
+    artifact = agent if agent.precision != "fp32" else None
+    if artifact is not None:
+        agent = _reference_of(artifact, options)
     versions = package_versions()
     determined = {
         "subject": subject(agent),
+        "artifact": artifact and artifact.sha256,
         "env": agent.env.to_json(),
         "settings": settings_json(settings),
         "versions": versions,
     }
-    folder = RunFolder(options.out or _default_folder(agent), determined)
+    folder = RunFolder(options.out or _default_folder(artifact or agent), determined)
     with _progress() as progress:
         evaluation = Evaluation(
             agent,
             settings,
+            artifact=artifact,
             pieces=folder,
             workers=options.workers,
             batch=options.batch,
@@ -130,6 +136,27 @@ def run_quantize(
         f"{total:,} bytes on disk",
         highlight=False,
     )
+
+
+def _reference_of(artifact: Agent, options: EvaluateOptions) -> Agent:
+    """The fp32 agent that an artifact was made from, to compare it with."""
+    from rlquant.control import load
+
+    source, sha256 = artifact.origin or ("", "")
+    wanted = options.reference or source
+    try:
+        agent = load(wanted, env=options.env, normaliser=options.normaliser, trust=options.trust)
+    except InputError as error:
+        raise InputError(
+            f"{artifact.source} is compared with the agent that it was made from, {wanted!r}, which cannot be "
+            f"loaded ({error}); name it with --reference"
+        ) from None
+    if agent.sha256 != sha256:
+        raise InputError(
+            f"{artifact.source} was made from another file than {wanted} (sha256 {sha256[:12]}..., not "
+            f"{agent.sha256[:12]}...); name the right one with --reference"
+        )
+    return agent
 
 
 def _publish(folder: RunFolder, document: dict[str, Any]) -> None:

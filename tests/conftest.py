@@ -13,7 +13,6 @@ import torch
 
 from rlquant import cli
 
-
 # One thread: the networks are small, and several test processes share the cores.
 torch.set_num_threads(1)
 
@@ -42,11 +41,12 @@ def rlquant(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def run(*arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", ["rlquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
+        status = 0
+        try:
             cli.main()
-            raise SystemExit(0)
-        code = stopped.value.code
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
         captured = capsys.readouterr()
-        return Finished(int(code or 0), captured.out, captured.err)
+        return Finished(status, captured.out, captured.err)
 
     return run

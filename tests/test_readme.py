@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
-    line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith("rlquant ")
+    line.split("  #")[0].strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.startswith("rlquant ")
 ]
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -38,6 +41,10 @@ def test_the_python_examples_work(code: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_make_targets_are_there() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    named = {target for block in BLOCKS for target in re.findall(r"^make ([a-z-]+)", block, flags=re.MULTILINE)}
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    named = {
+        target for block in BLOCKS for target in re.findall(r"^make ([a-z-]+)", block, flags=re.MULTILINE)
+    }
     assert {"demo", "test"} <= named <= targets

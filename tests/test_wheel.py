@@ -29,7 +29,9 @@ def test_the_wheel_evaluates_a_shipped_agent(tmp_path: Path) -> None:
     command = tmp_path / "env" / "bin" / "rlquant"
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

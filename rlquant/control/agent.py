@@ -35,6 +35,7 @@ class Agent:
         masked: choices can be forbidden by the environment's ``action_masks()``.
         precision, method: what it was quantized to and how.
         parameters: how many numbers the fp32 network has.
+        origin: of an artifact: source and sha256 of the agent that it was made from.
     """
 
     actor: Actor
@@ -48,6 +49,7 @@ class Agent:
     precision: str = "fp32"
     method: str = ""
     parameters: int = 0
+    origin: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not self.parameters:

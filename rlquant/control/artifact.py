@@ -132,4 +132,5 @@ def _agent(document: dict[str, Any], tensors: dict[str, torch.Tensor], path: Pat
         precision=document["precision"],
         method=document["method"],
         parameters=int(document["parameters"]),
+        origin=(str(document["source"]), str(document["source_sha256"])),
     )

@@ -105,12 +105,13 @@ class _Row:
     scheme: Scheme
     method: str
     agent: Agent
+    artifact: bool = False
     returns: list[float] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{self.scheme.name}-{self.method}"
+        return f"{self.scheme.name}-{self.method}" + ("-artifact" if self.artifact else "")
 
 
 Progress = Callable[[str, int, int], None]
@@ -120,8 +121,9 @@ class Evaluation:
     """One evaluation of one agent.
 
     Args:
-        agent: fp32, or an artifact, which is compared with fp32 only through its own scores.
+        agent: in fp32, the reference.
         settings: what to run.
+        artifact: a quantized agent made from it earlier, to be evaluated as it is.
         pieces: keeps finished pieces for a resumed run; None keeps nothing.
         workers, batch: processes, and episodes that step together; neither changes a score.
         progress: called with (row name, episodes done, episodes wanted).
@@ -132,6 +134,7 @@ class Evaluation:
         agent: Agent,
         settings: Settings,
         *,
+        artifact: Agent | None = None,
         pieces: Pieces | None = None,
         workers: int = 1,
         batch: int = 128,
@@ -139,10 +142,10 @@ class Evaluation:
     ) -> None:
         if agent.precision != "fp32":
             raise InputError(
-                f"{agent.source} is quantized to {agent.precision} already; evaluate the agent that it was made "
-                f"from with --precisions {agent.precision}"
+                f"{agent.source} is quantized to {agent.precision}; the reference must be in fp32"
             )
         self.agent = agent
+        self.artifact = artifact
         self.settings = settings
         self.pieces = pieces
         self.workers, self.batch = workers, batch
@@ -154,7 +157,7 @@ class Evaluation:
         """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
         try:
             random_score = self._random_score()
-            rows = [self._prepare(scheme, method) for scheme, method in self.settings.schemes()]
+            rows = self._rows()
             for row in rows:
                 self._play(row, self.settings.episodes)
             if self.settings.sequential:
@@ -178,19 +181,27 @@ class Evaluation:
             self._keep("random", kept)
         return float(kept["mean"])
 
-    def _prepare(self, scheme: Scheme, method: str) -> _Row:
+    def _rows(self) -> list[_Row]:
+        """fp32 first; what an interrupted run has kept is filled in."""
+        rows = [
+            _Row(scheme, method, self._quantized(scheme, method))
+            for scheme, method in self.settings.schemes()
+        ]
+        if self.artifact is not None:
+            scheme = Scheme.parse(self.artifact.precision)
+            rows.append(_Row(scheme, self.artifact.method, self.artifact, artifact=True))
+        for row in rows:
+            kept = self._kept(row.name)
+            if kept is not None:
+                row.returns, row.profile = kept["returns"], kept["profile"]
+        return rows
+
+    def _quantized(self, scheme: Scheme, method: str) -> Agent:
         if scheme.is_identity:
-            agent = self.agent
-        else:
-            needs_inputs = scheme.activations is not None or METHODS[method].statistic is not None
-            agent = quantize_agent(
-                self.agent, scheme, method=method, inputs=self._inputs() if needs_inputs else None
-            )
-        row = _Row(scheme, method, agent)
-        kept = self._kept(row.name)
-        if kept is not None:
-            row.returns, row.profile = kept["returns"], kept["profile"]
-        return row
+            return self.agent
+        needs_inputs = scheme.activations is not None or METHODS[method].statistic is not None
+        inputs = self._inputs() if needs_inputs else None
+        return quantize_agent(self.agent, scheme, method=method, inputs=inputs)
 
     def _inputs(self) -> Inputs:
         if self._calibration is None:
@@ -244,7 +255,10 @@ class Evaluation:
         )
         for row in missing:
             calibration = self._inputs() if row.scheme.activations is not None else None
-            row.profile = profiler.profile(row.agent, row.scheme, calibration)
+            row.profile = profiler.profile(row.agent, row.scheme)
+            if not (row.artifact or row.scheme.is_identity):
+                # An artifact does not say which float network it was made from.
+                row.profile["weights"] = profiler.histograms(row.agent, row.scheme, calibration)
             self._keep_row(row)
 
     def _retention(self, row: _Row, reference: _Row, random_score: float) -> Retention:

@@ -40,8 +40,23 @@ class Profiler:
         self._outputs = self._inputs.outputs(reference.actor.cpu())
         self._observations = raw_observations(reference, seed=seed, pool=pool)
 
-    def profile(self, agent: Agent, scheme: Scheme, calibration: Inputs | None) -> dict[str, Any]:
-        """Plain JSON: ``weights_bytes``, ``artifact_bytes``, ``agreement``, ``latency_us``, ``weights``.
+    def profile(self, agent: Agent, scheme: Scheme) -> dict[str, Any]:
+        """Plain JSON: ``weights_bytes``, ``artifact_bytes``, ``agreement``, ``latency_us``, empty ``weights``.
+
+        Args:
+            agent: the quantized agent.
+            scheme: what it was quantized to.
+        """
+        return {
+            "weights_bytes": weight_bytes(agent.actor),
+            "artifact_bytes": _artifact_bytes(agent),
+            "agreement": plain(self._agreement(agent)),
+            "weights": [],
+            "latency_us": plain(self._latency(agent, simulated=not scheme.is_identity)),
+        }
+
+    def histograms(self, agent: Agent, scheme: Scheme, calibration: Inputs | None) -> list[dict[str, Any]]:
+        """Plain JSON: a histogram per quantized weight, before and after.
 
         Args:
             agent: the quantized agent.
@@ -49,14 +64,7 @@ class Profiler:
             calibration: the inputs that it was quantized with, if any.
         """
         before = float_twin(self.reference.actor.cpu(), scheme, calibration)
-        histograms = () if scheme.is_identity else weight_histograms(before, agent.actor.cpu())
-        return {
-            "weights_bytes": weight_bytes(agent.actor),
-            "artifact_bytes": _artifact_bytes(agent),
-            "agreement": plain(self._agreement(agent)),
-            "weights": plain(histograms),
-            "latency_us": plain(self._latency(agent, simulated=not scheme.is_identity)),
-        }
+        return list(plain(weight_histograms(before, agent.actor.cpu())))
 
     def _agreement(self, agent: Agent) -> Agreement:
         head, before = agent.head, self._outputs

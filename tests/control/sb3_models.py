@@ -134,7 +134,11 @@ MODELS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "trpo": ("vector", "box", _on_policy(sb3_contrib.TRPO, "MlpPolicy")),
     "ars": ("vector", "box", lambda env: sb3_contrib.ARS("MlpPolicy", env, seed=1, device="cpu")),
     "ars-linear": ("vector", "box", lambda env: sb3_contrib.ARS("LinearPolicy", env, seed=1, device="cpu")),
-    "ars-discrete": ("vector", "discrete", lambda env: sb3_contrib.ARS("MlpPolicy", env, seed=1, device="cpu")),
+    "ars-discrete": (
+        "vector",
+        "discrete",
+        lambda env: sb3_contrib.ARS("MlpPolicy", env, seed=1, device="cpu"),
+    ),
     "recurrent": ("vector", "box", _on_policy(sb3_contrib.RecurrentPPO, "MlpLstmPolicy")),
     "recurrent-two-layers": (
         "vector",
@@ -142,7 +146,12 @@ MODELS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         _on_policy(
             sb3_contrib.RecurrentPPO,
             "MlpLstmPolicy",
-            policy_kwargs={"n_lstm_layers": 2, "lstm_hidden_size": 16, "enable_critic_lstm": False, "shared_lstm": True},
+            policy_kwargs={
+                "n_lstm_layers": 2,
+                "lstm_hidden_size": 16,
+                "enable_critic_lstm": False,
+                "shared_lstm": True,
+            },
         ),
     ),
     "maskable": ("vector", "discrete", _on_policy(sb3_contrib.MaskablePPO, "MlpPolicy")),

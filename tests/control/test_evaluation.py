@@ -43,9 +43,7 @@ def test_fp32_comes_first_and_no_row_twice() -> None:
 def test_rows_hold_the_scores_of_plain_rollouts(cartpole: Agent) -> None:
     found = evaluate(cartpole, ["int8"], episodes=6, seed=5)
     reference, int8 = found["rows"]
-    np.testing.assert_array_equal(
-        reference["score"]["episodes"], rollout(cartpole, range(6), seed=5).returns
-    )
+    np.testing.assert_array_equal(reference["score"]["episodes"], rollout(cartpole, range(6), seed=5).returns)
     assert reference["agreement"]["action"] == 1.0
     assert reference["latency_us"]["simulated"] is False
     assert int8["latency_us"]["simulated"] is True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -40,7 +42,9 @@ def test_folding_the_observation_ranges_changes_no_output(seed: int, spread: flo
     assert mapped.max() < 1
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "int3-g8", "nf4", "w8a8", "w4a8-g16-asym", "w8a8-dynamic"])
+@pytest.mark.parametrize(
+    "scheme", ["bf16", "int8", "int3-g8", "nf4", "w8a8", "w4a8-g16-asym", "w8a8-dynamic"]
+)
 @pytest.mark.parametrize("name", ["ppo", "ppo-cnn", "ppo-dict", "recurrent", "qrdqn", "sac-sde"])
 def test_an_artifact_acts_as_the_agent_that_was_saved(name: str, scheme: str, tmp_path: Path) -> None:
     observation, action, build = MODELS[name]
@@ -96,7 +100,9 @@ def damage(folder: Path, kind: str) -> None:
         document.write_text(json.dumps(fields))
 
 
-@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "no json", "newer", "other architecture"])
+@pytest.mark.parametrize(
+    "kind", ["flipped", "truncated", "missing", "no json", "newer", "other architecture"]
+)
 def test_damaged_artifacts_are_refused(kind: str, tmp_path: Path) -> None:
     save_artifact(quantize_agent(load("ppo-cartpole"), Scheme.parse("int8")), tmp_path)
     damage(tmp_path, kind)
@@ -104,11 +110,23 @@ def test_damaged_artifacts_are_refused(kind: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_an_artifact_is_not_evaluated_against_itself(rlquant, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert rlquant("quantize", "ppo-cartpole", "--scheme", "w8a8", "--out", tmp_path / "a").status == 0
-    again = rlquant("evaluate", tmp_path / "a", "--out", tmp_path / "run")
+def test_an_artifact_is_evaluated_against_the_agent_it_was_made_from(
+    rlquant: Callable[..., Any], tmp_path: Path
+) -> None:
+    artifact, run = tmp_path / "artifact", tmp_path / "run"
+    assert rlquant("quantize", "ppo-cartpole", "--scheme", "w8a8", "--out", artifact).status == 0
+    again = rlquant("quantize", artifact, "--scheme", "int4", "--out", tmp_path / "b")
     assert again.status == 2
     assert "quantized to w8a8 already" in again.err
+    budget = ("--precisions", "w8a8", "--episodes", 3, "--out", run)
+    assert rlquant("evaluate", artifact, *budget).status == 0
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "w8a8", "w8a8"]
+    assert rows[1]["score"] == rows[2]["score"]
+    assert rows[1]["bytes"]["weights"] == rows[2]["bytes"]["weights"]
+    other = rlquant("evaluate", artifact, "--reference", "dqn-cartpole", *budget)
+    assert other.status == 2
+    assert "--reference" in other.err
 
 
 class CleanRLActor(nn.Module):

@@ -36,7 +36,12 @@ def load_stock(agent: Agent, path: Path) -> Any:
     plain = {"lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0, "learning_rate": 0.0}
     plain |= {"observation_space": world.observation_space, "action_space": world.action_space}
     # Replay buffers and the like hold pickles of retired classes, and play no part in acting.
-    plain |= {"replay_buffer_class": None, "replay_buffer_kwargs": {}, "_last_obs": None, "_last_original_obs": None}
+    plain |= {
+        "replay_buffer_class": None,
+        "replay_buffer_kwargs": {},
+        "_last_obs": None,
+        "_last_original_obs": None,
+    }
     return sb3_class(agent.algorithm).load(path, device="cpu", custom_objects=plain, buffer_size=1)
 
 
