@@ -10,7 +10,7 @@ A gradient step of these small networks is a few hundred kernels of a few micros
 them costs more than running them. On CUDA a round of updates, sampling included, is therefore captured in one
 graph and replayed; while it runs, the CPU steps the environments. Without CUDA the same code runs eagerly.
 What is kept is an exponential moving average of the actor's weights, which is steadier than any single iterate.
-At the end of every evaluation the weights go into a stock Stable-Baselines3 model, and that is what is saved.
+For every evaluation the averaged weights go into a stock Stable-Baselines3 model, and that is what is saved.
 """
 
 from __future__ import annotations
