@@ -18,6 +18,7 @@ from rlquant.quant.metrics import max_error, mse, sqnr_db
 from rlquant.quant.observers import Observer, weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
 from rlquant.quant.ptq import prepare_empty_, quantizable, quantize_
+from rlquant.quant.qat import QATController, convert_, grid_parameters, prepare_qat_
 from rlquant.quant.ranges import OBSERVERS, get_observer
 from rlquant.quant.recurrent import QuantGRU, QuantLSTM
 from rlquant.quant.scheme import SCHEME_EXAMPLES, Scheme, scheme_choices
@@ -34,6 +35,7 @@ __all__ = [
     "LayerSize",
     "Method",
     "Observer",
+    "QATController",
     "QParams",
     "QuantConv2d",
     "QuantGRU",
@@ -43,17 +45,20 @@ __all__ = [
     "QuantizedWeight",
     "Scheme",
     "Site",
+    "convert_",
     "dequantize",
     "empty_layer",
     "fake_quantize",
     "get_format",
     "get_method",
     "get_observer",
+    "grid_parameters",
     "max_error",
     "mse",
     "pack",
     "packed_size",
     "prepare_empty_",
+    "prepare_qat_",
     "qparams_from_range",
     "quantizable",
     "quantize",

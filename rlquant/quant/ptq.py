@@ -14,7 +14,7 @@ from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.methods import QUANTIZED_TYPES, Method, Site, empty_layer, get_method
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["prepare_empty_", "quantizable", "quantize_"]
+__all__ = ["as_scheme", "prepare_empty_", "quantizable", "quantize_", "replace_layers", "select_layers"]
 
 
 def quantizable(module: nn.Module) -> dict[str, nn.Module]:
@@ -45,12 +45,14 @@ def quantize_(
         a
             weight (the layer is named), or where nothing is left to quantize. The module is then unchanged.
     """
-    scheme, chosen = _resolve(scheme), get_method(method)
+    scheme, chosen = as_scheme(scheme), get_method(method)
     if scheme.is_identity:
         return module
-    layers = _select(module, skip)
+    layers = select_layers(module, skip)
     ranges, statistics = _calibrate(module, scheme, chosen, calibration, layers)
-    return _replace(module, layers, lambda name: _quantized(name, layers, scheme, chosen, ranges, statistics))
+    return replace_layers(
+        module, layers, lambda name: _quantized(name, layers, scheme, chosen, ranges, statistics)
+    )
 
 
 def prepare_empty_(module: nn.Module, scheme: str | Scheme, skip: Collection[str] = ()) -> nn.Module:
@@ -58,18 +60,19 @@ def prepare_empty_(module: nn.Module, scheme: str | Scheme, skip: Collection[str
 
     Same arguments, result and errors as :func:`quantize_`.
     """
-    scheme = _resolve(scheme)
+    scheme = as_scheme(scheme)
     if scheme.is_identity:
         return module
-    layers = _select(module, skip)
-    return _replace(module, layers, lambda name: empty_layer(layers[name], scheme))
+    layers = select_layers(module, skip)
+    return replace_layers(module, layers, lambda name: empty_layer(layers[name], scheme))
 
 
-def _resolve(scheme: str | Scheme) -> Scheme:
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """A scheme, or the one of that name."""
     return scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
 
 
-def _select(module: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
+def select_layers(module: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
     """The layers to quantize: all that can be, less those named in ``skip``."""
     layers = quantizable(module)
     patterns = [skip] if isinstance(skip, str) else list(skip)
@@ -135,7 +138,7 @@ def _quantized(
     return layer
 
 
-def _replace(
+def replace_layers(
     module: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str], QuantizedLayer]
 ) -> nn.Module:
     """Make every replacement first, so that an error changes nothing; then put them in place."""
