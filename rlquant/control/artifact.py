@@ -18,9 +18,10 @@ from rlquant.control.actor import Actor
 from rlquant.control.agent import Agent
 from rlquant.control.environment import EnvSpec
 from rlquant.control.head import Head
+from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.observation import ObservationPart
 from rlquant.errors import InputError
-from rlquant.quant import prepare_empty_
+from rlquant.quant import Scheme, prepare_empty_
 from rlquant.runs import write_atomic
 
 __all__ = ["SCHEMA", "artifact_files", "load_artifact", "save_artifact"]
@@ -117,7 +118,7 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def _agent(document: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Agent:
     actor = Actor.build(document["actor"])
-    prepare_empty_(actor, document["precision"])
+    apply_scheme_(actor, Scheme.parse(document["precision"]), prepare_empty_)
     actor.load_state_dict(tensors)
     parts = {key: ObservationPart.from_json(part) for key, part in document["observation"].items()}
     return Agent(

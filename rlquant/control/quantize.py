@@ -9,6 +9,7 @@ arithmetic. One grid for ``x'`` is then one grid per feature of ``x``.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from rlquant.control.actor import Actor, FeatureMap
 from rlquant.control.agent import Agent
 from rlquant.control.collect import Inputs
+from rlquant.control.input_bits import apply_scheme_
 from rlquant.measure import WeightHistogram, weight_histogram
 from rlquant.quant import (
-    QuantizedLayer,
     QuantizedWeight,
     Scheme,
     qparams_from_range,
@@ -27,7 +28,7 @@ from rlquant.quant import (
     sqnr_db,
 )
 
-__all__ = ["fold_observation_ranges_", "quantize_agent", "weight_histograms"]
+__all__ = ["float_twin", "fold_observation_ranges_", "quantize_agent", "use_whole_grid", "weight_histograms"]
 
 OBSERVATION_HEADROOM = 0.125
 """Widens each feature's calibrated range on both sides by this share: episodes differ in how far they go."""
@@ -49,9 +50,13 @@ def quantize_agent(
     """
     actor = float_twin(agent.actor, scheme, inputs)
     calibration = inputs.batches() if inputs is not None else None
-    quantize_(actor, scheme, method=method, calibration=calibration)
+    apply_scheme_(
+        actor,
+        scheme,
+        lambda module, part, skip: quantize_(module, part, method=method, calibration=calibration, skip=skip),
+    )
     if scheme.needs_calibration:
-        _use_whole_grid(actor, scheme)
+        use_whole_grid(actor)
     return agent.with_actor(actor, scheme.name, "none" if scheme.is_identity else method)
 
 
@@ -96,7 +101,7 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
         column += width
 
 
-def _use_whole_grid(actor: Actor, scheme: Scheme) -> None:
+def use_whole_grid(actor: Actor) -> None:
     """Give the first layer's input the grid of [0, 1], where every feature was mapped to it.
 
     Calibration saw only the part of [0, 1] inside the headroom, and would clip there.
@@ -104,11 +109,9 @@ def _use_whole_grid(actor: Actor, scheme: Scheme) -> None:
     if not all(isinstance(list(actor.encoder(key).modules())[-1], FeatureMap) for key in actor.keys):
         return
     first = actor.rnn if actor.rnn is not None else actor.trunk[0]  # type: ignore[index]
-    assert isinstance(first, QuantizedLayer)
-    assert scheme.activations is not None
-    name = next(iter(first.activation_quantizers()))
-    unit = qparams_from_range(torch.zeros(()), torch.ones(()), scheme.activations)
-    first.get_submodule(name).set(unit)  # type: ignore[operator]
+    name = "input_quant" if actor.rnn is None else "input_quant_l0"
+    quantizer: Any = first.get_submodule(name)
+    quantizer.set(qparams_from_range(torch.zeros(()), torch.ones(()), quantizer.fmt))
 
 
 def _is_container(module: nn.Module) -> bool:
