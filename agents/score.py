@@ -107,11 +107,11 @@ def score_random(env_id: str, episodes: int, processes: int) -> None:
 
 
 def _refresh_env(env_id: str, key: str, score: dict[str, Any], better: bool = False) -> None:
-    """Put ``score`` under ``key`` into the card of ``env_id``; with ``better``, only over another agent's lower one."""
+    """Put ``score`` under ``key`` into the card of ``env_id``; with ``better``, only over a lower one of another agent."""
     path = ENVS / f"{env_id}.yml"
     card = yaml.safe_load(path.read_text())
     held = card[key]
-    if better and held and held["agent"] != score["agent"] and held["mean"] > score["mean"]:
+    if better and held and held["agent"] != score["agent"] and held["mean"] >= score["mean"]:
         return
     write_yaml(path, {**card, key: score})
 
