@@ -107,7 +107,7 @@ def score_random(env_id: str, episodes: int, processes: int) -> None:
 
 
 def _refresh_env(env_id: str, key: str, score: dict[str, Any], better: bool = False) -> None:
-    """Put ``score`` under ``key`` into the card of ``env_id``; with ``better``, only over a lower one of another agent."""
+    """Put ``score`` under ``key`` into the card of ``env_id``; ``better``: only over a lower one."""
     path = ENVS / f"{env_id}.yml"
     card = yaml.safe_load(path.read_text())
     held = card[key]
