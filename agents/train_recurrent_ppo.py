@@ -33,17 +33,17 @@ class Config:
     """hidden layers of actor and critic each, after the LSTM"""
     seed: int = 1
     """seeds environments, weights and sampling"""
-    n_envs: int = 32
+    n_envs: int = 16
     """environments stepped together"""
     n_steps: int = 64
     """steps per environment and rollout: the length over which gradients reach back"""
-    batch_size: int = 512
+    batch_size: int = 256
     """samples per gradient step"""
-    n_epochs: int = 8
+    n_epochs: int = 5
     """passes over each rollout"""
     gamma: float = 0.99
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """bias against variance in generalized advantage estimation"""
     learning_rate: float = 1e-3
     """at the start; falls linearly to zero"""
@@ -51,7 +51,7 @@ class Config:
     """of the probability ratio, at the start; falls linearly to zero"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    eval_every: int = 50_000
+    eval_every: int = 25_000
     """environment steps between evaluations"""
     eval_episodes: int = 20
     """episodes of one evaluation"""
@@ -61,7 +61,7 @@ class Config:
     """fields changed on the command line"""
 
 
-AGENTS = {"recurrentppo-cartpole": Config("recurrentppo-cartpole", "CartPoleNoVelocity-v1", 450_000)}
+AGENTS = {"recurrentppo-cartpole": Config("recurrentppo-cartpole", "CartPoleNoVelocity-v1", 400_000)}
 
 
 def train(config: Config, keep_best: KeepBest) -> None:
