@@ -126,7 +126,7 @@ def run_quantize(
             f"{source} is quantized to {agent.precision} already; quantize the agent it was made from"
         )
     inputs = None
-    if scheme.needs_calibration or scheme.activations is not None or chosen.statistic is not None:
+    if scheme.needs_calibration or scheme.activations is not None or chosen.needs_calibration:
         inputs = collect(agent, calibration_episodes, seed=seed + CALIBRATION_SEED)
     quantized = quantize_agent(agent, scheme, method=method, inputs=inputs)
     total = save_artifact(quantized, out)

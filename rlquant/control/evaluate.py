@@ -21,7 +21,7 @@ from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool, rollout
 from rlquant.errors import InputError
 from rlquant.measure import Measurement, Retention, Score, Size, compare
-from rlquant.quant import METHODS, Scheme, get_method
+from rlquant.quant import Scheme, get_method
 
 __all__ = ["LOOKS", "Evaluation", "Pieces", "Settings", "evaluate"]
 
@@ -199,7 +199,7 @@ class Evaluation:
     def _quantized(self, scheme: Scheme, method: str) -> Agent:
         if scheme.is_identity:
             return self.agent
-        needs_inputs = scheme.activations is not None or METHODS[method].statistic is not None
+        needs_inputs = scheme.activations is not None or get_method(method).needs_calibration
         inputs = self._inputs() if needs_inputs else None
         return quantize_agent(self.agent, scheme, method=method, inputs=inputs)
 

@@ -10,17 +10,21 @@
 """
 
 from rlquant.quant.affine import QParams, dequantize, fake_quantize, qparams_from_range, quantize
+from rlquant.quant.bench import Bench, CalibrationWarning
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
+from rlquant.quant.kinds import empty_layer
 from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
-from rlquant.quant.methods import METHODS, Method, Site, empty_layer, get_method
+from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
+from rlquant.quant.moments import InputMoments
 from rlquant.quant.observers import Observer, weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
 from rlquant.quant.ptq import prepare_empty_, quantizable, quantize_
 from rlquant.quant.qat import QATController, convert_, grid_parameters, prepare_qat_
 from rlquant.quant.ranges import OBSERVERS, get_observer
 from rlquant.quant.recurrent import QuantGRU, QuantLSTM
+from rlquant.quant.rewrites import Link, center_head_, find_links, fold_scale_
 from rlquant.quant.scheme import SCHEME_EXAMPLES, Scheme, scheme_choices
 from rlquant.quant.size import LayerSize, size_table, weight_bytes
 from rlquant.quant.tensor import QuantizedWeight
@@ -30,9 +34,14 @@ __all__ = [
     "METHODS",
     "OBSERVERS",
     "SCHEME_EXAMPLES",
+    "Bench",
+    "CalibrationWarning",
+    "Finisher",
     "Format",
     "Granularity",
+    "InputMoments",
     "LayerSize",
+    "Link",
     "Method",
     "Observer",
     "QATController",
@@ -43,12 +52,16 @@ __all__ = [
     "QuantLinear",
     "QuantizedLayer",
     "QuantizedWeight",
+    "Rule",
     "Scheme",
-    "Site",
+    "Transform",
+    "center_head_",
     "convert_",
     "dequantize",
     "empty_layer",
     "fake_quantize",
+    "find_links",
+    "fold_scale_",
     "get_format",
     "get_method",
     "get_observer",

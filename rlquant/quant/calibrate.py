@@ -62,8 +62,11 @@ def run_calibration(
     calibration: Calibration,
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, list[InputStatistic]],
+    stand_ins: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Run the batches through ``module`` in eval mode without gradients and feed the layers' statistics.
+
+    The output of a layer named in ``stand_ins`` is that of its stand-in on the same arguments.
 
     A tuple is the positional arguments of one call; anything else is the only argument; a bare tensor is one
     batch. Raises InputError where there is no batch.
@@ -74,8 +77,12 @@ def run_calibration(
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eval_mode(module))
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(_feed(statistics[name]), with_kwargs=True)
-            stack.callback(hook.remove)
+            if name in statistics:
+                feed = layer.register_forward_pre_hook(_feed(statistics[name]), with_kwargs=True)
+                stack.callback(feed.remove)
+            if stand_ins and name in stand_ins:
+                hook = layer.register_forward_hook(_stand_in(stand_ins[name]), with_kwargs=True)
+                stack.callback(hook.remove)
         for batch in batches:
             module(*batch) if isinstance(batch, tuple) else module(batch)
             count += 1
@@ -85,12 +92,28 @@ def run_calibration(
 
 def _feed(statistics: list[InputStatistic]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positional, named = _arguments(args, kwargs)
         for statistic in statistics:
-            # nn.Linear and nn.Conv2d call their argument `input`, as do the recurrent layers.
-            positional = (kwargs["input"], *args) if "input" in kwargs else args
-            statistic.observe(*positional, **{key: value for key, value in kwargs.items() if key != "input"})
+            statistic.observe(*positional, **named)
 
     return hook
+
+
+def _stand_in(
+    instead: Callable[..., Any],
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        positional, named = _arguments(args, kwargs)
+        return instead(*positional, **named)
+
+    return hook
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The input in the first place: nn.Linear, nn.Conv2d and the recurrent layers call it ``input``."""
+    if "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"], *args), {key: value for key, value in kwargs.items() if key != "input"}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ what an integer runtime of the same numbers computes, up to float rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from rlquant.quant.tensor import QuantizedWeight
 __all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer"]
 
 
+_OPTIONAL = ("input_scale", "outlier_index", "outlier_weight")
+
+
 class QuantizedLayer(nn.Module):
     """What every quantized layer has: its scheme, and quantizers for the activations it names."""
 
     scheme: Scheme
 
-    def load_float(self, layer: Any, packed: Any = None) -> None:
-        """Take the weights of the float layer of the same sizes, or packed ones that a method chose."""
+    def load_float(self, layer: Any, packed: Mapping[str, QuantizedWeight] | None = None) -> None:
+        """Take the float layer's weights, rounded to nearest, or those of ``packed`` by name; and its biases."""
         raise NotImplementedError
 
     def activation_quantizers(self) -> dict[str, StaticQuantizer]:
@@ -40,9 +44,19 @@ class QuantizedLayer(nn.Module):
 
 
 class _OneWeight(QuantizedLayer):
-    """A layer of one weight and one input. Buffers: ``packed.*``, ``bias``, ``input_quant.*`` (static)."""
+    """A layer of one weight and one input. Buffers: ``packed.*``, ``bias``, ``input_quant.*`` (static).
+
+    Buffers that only some methods make, and that loading a state dict brings back:
+
+    - ``input_scale``: float32 ``[channels]``, multiplies the input before anything else sees it
+    - ``outlier_index``: int32 ``[k]`` and ``outlier_weight``: float16 ``[out, k, ...]``, input channels that
+      stay in 16 bit; their codes in ``packed`` are zero
+    """
 
     bias: Tensor | None
+    input_scale: Tensor | None
+    outlier_index: Tensor | None
+    outlier_weight: Tensor | None
     packed: QuantizedWeight
     input_dims = 1
 
@@ -50,11 +64,15 @@ class _OneWeight(QuantizedLayer):
         self.scheme = scheme
         self.packed = QuantizedWeight(tuple(layer.weight.shape), scheme)
         self.register_buffer("bias", None if layer.bias is None else torch.zeros_like(layer.bias.detach()))
+        for name in _OPTIONAL:
+            self.register_buffer(name, None)
         self.input_quant = activation_quantizer(scheme, self.input_dims)
 
-    def load_float(self, layer: nn.Linear | nn.Conv2d, packed: QuantizedWeight | None = None) -> None:
-        """Take the layer's weight, rounded to nearest, or ``packed`` where a method chose the codes."""
-        self.packed = packed or QuantizedWeight.from_float(layer.weight, self.scheme)
+    def load_float(
+        self, layer: nn.Linear | nn.Conv2d, packed: Mapping[str, QuantizedWeight] | None = None
+    ) -> None:
+        """Take the layer's weight, rounded to nearest, or ``packed["packed"]``; and its bias."""
+        self.packed = packed["packed"] if packed else QuantizedWeight.from_float(layer.weight, self.scheme)
         if layer.bias is not None:
             finite_extremes(layer.bias, "the bias")
             self.bias = layer.bias.detach().clone()
@@ -63,6 +81,38 @@ class _OneWeight(QuantizedLayer):
     def weight(self) -> Tensor:
         """The dequantized weight, float32."""
         return self.packed.cached()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's map of ``x``."""
+        if self.input_scale is not None:
+            x = x * self._per_channel(self.input_scale).to(x.dtype)
+        if self.outlier_index is None:
+            return self._map(self.input_quant(x), self.packed.cached(x.dtype), self.bias)
+        assert self.outlier_weight is not None
+        rest = x.index_fill(-self.input_dims, self.outlier_index.long(), 0.0)
+        outliers = x.index_select(-self.input_dims, self.outlier_index)
+        y = self._map(self.input_quant(rest), self.packed.cached(x.dtype), self.bias)
+        return y + self._map(outliers, self.outlier_weight.to(x.dtype), None)
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation."""
+        raise NotImplementedError
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """``[channels]`` in the shape that broadcasts against the input."""
+        return values.view(-1, *(1,) * (self.input_dims - 1))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("bias", *_OPTIONAL):
+            saved = state_dict.get(prefix + name)
+            current = getattr(self, name)
+            if saved is not None and (
+                current is None or (name in _OPTIONAL and current.shape != saved.shape)
+            ):
+                setattr(self, name, torch.zeros_like(saved, device=_device(self.packed)))
+            elif saved is None and name in _OPTIONAL:
+                setattr(self, name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantLinear(_OneWeight):
@@ -77,9 +127,8 @@ class QuantLinear(_OneWeight):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._build(layer, scheme)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The affine map of ``x``."""
-        return F.linear(self.input_quant(x), self.packed.cached(x.dtype), self.bias)
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
@@ -104,16 +153,19 @@ class QuantConv2d(_OneWeight):
         self._border = list(layer._reversed_padding_repeated_twice)
         self._build(layer, scheme)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The cross-correlation of ``x``."""
-        x, weight = self.input_quant(x), self.packed.cached(x.dtype)
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode == "zeros":
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self._border, mode=self.padding_mode)
-        return F.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         )
+
+
+def _device(module: nn.Module) -> torch.device:
+    first: Tensor = next(iter(module.state_dict().values()))
+    return first.device

@@ -1,75 +1,146 @@
-"""The registry of post-training methods: how the codes of a layer are chosen.
+"""The registry of post-training methods and how their names combine.
 
-A new method is one small file with a function from :class:`Site` to the replacement layer, and a line in
-``METHODS``. It gets the layer, the scheme and, through ``statistic``, whatever it wants to gather from the
-layer's inputs during calibration (for GPTQ, ``X^T X``).
+A method name is one part or several joined by ``+``, such as ``cle+gptq+bias``. Parts are of three kinds:
+
+- a **transform** rewrites the float layers exactly, before anything is rounded;
+- a **rule** chooses the codes of one weight matrix; there is one, ``rtn`` where none is named;
+- a **finisher** adjusts the finished layer.
+
+A new part is one small file with its mathematics and a line in ``METHODS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor
 
-from rlquant.errors import unknown_name
-from rlquant.quant.calibrate import InputStatistic
-from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
-from rlquant.quant.recurrent import QuantGRU, QuantLSTM
+from rlquant.errors import InputError, unknown_name
+from rlquant.quant.affine import QParams
+from rlquant.quant.bench import Bench
+from rlquant.quant.bias import correct_bias_
+from rlquant.quant.gptq import gptq
+from rlquant.quant.kinds import MatrixNames
+from rlquant.quant.layers import QuantizedLayer
+from rlquant.quant.moments import InputMoments
+from rlquant.quant.nearest import round_to_nearest, round_with_best_range
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["METHODS", "Method", "Site", "empty_layer", "get_method"]
+__all__ = ["METHODS", "Finisher", "Method", "Rule", "Transform", "get_method"]
 
-# Exact types: a subclass may compute something else, and replacing it would change the network.
-QUANTIZED_TYPES: dict[type[nn.Module], Callable[[Any, Scheme], QuantizedLayer]] = {
-    nn.Linear: QuantLinear,
-    nn.Conv2d: QuantConv2d,
-    nn.LSTM: QuantLSTM,
-    nn.GRU: QuantGRU,
+
+def any_scheme(scheme: Scheme) -> bool:
+    """Every scheme will do."""
+    return True
+
+
+def has_scales(scheme: Scheme) -> bool:
+    """The weights have scales, unlike plain casts to fp16 and bf16."""
+    return scheme.stored.is_scaled
+
+
+def has_activations(scheme: Scheme) -> bool:
+    """Weights have scales and activations are quantized."""
+    return scheme.stored.is_scaled and scheme.activations is not None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """``apply`` rewrites the float layers on a bench; ``rule`` chooses codes where no rule is named."""
+
+    apply: Callable[[Bench], None]
+    rule: str = "rtn"
+    needs_inputs: bool = True
+    can: Callable[[Scheme], bool] = has_scales
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``choose`` maps a float32 matrix ``[rows, columns]``, the scheme, the moments of its inputs (None where
+    calibration is not needed) and a name for messages to codes of its shape and qparams.
+
+    ``gram`` and ``sample`` say what the moments must hold.
+    """
+
+    choose: Callable[[Tensor, Scheme, InputMoments | None, str], tuple[Tensor, QParams | None]]
+    gram: bool = False
+    sample: int = 0
+    can: Callable[[Scheme], bool] = any_scheme
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads the inputs of a layer."""
+        return self.gram or self.sample > 0
+
+
+@dataclass(frozen=True)
+class Finisher:
+    """``apply`` changes a finished layer: (layer, matrix names, float weight, moments of the inputs in the
+    float network, and in the quantized one)."""
+
+    apply: Callable[[QuantizedLayer, MatrixNames, Tensor, InputMoments, InputMoments], None]
+    needs_inputs: bool = True
+    can: Callable[[Scheme], bool] = any_scheme
+
+
+Part = Transform | Rule | Finisher
+
+METHODS: dict[str, Part] = {
+    "rtn": Rule(round_to_nearest),
+    "mse": Rule(round_with_best_range, can=has_scales),
+    "gptq": Rule(gptq, gram=True),
+    "bias": Finisher(correct_bias_),
 }
 
 
 @dataclass(frozen=True)
-class Site:
-    """A float layer to replace: its qualified name, the scheme and the gathered statistic."""
+class Method:
+    """A combination of parts, in the order in which they act."""
 
     name: str
-    layer: nn.Module
-    scheme: Scheme
-    statistic: InputStatistic | None = None
+    transforms: tuple[Transform, ...]
+    rule: Rule
+    finishers: tuple[Finisher, ...]
+    parts: tuple[str, ...]
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it needs inputs of the module, whatever the scheme."""
+        parts: tuple[Part, ...] = (*self.transforms, self.rule, *self.finishers)
+        return any(part.needs_inputs for part in parts)
 
-@dataclass(frozen=True)
-class Method:
-    """``replace`` makes the quantized layer of a site; ``statistic``, if any, makes what gathers its inputs.
-
-    A method with a statistic needs calibration data.
-    """
-
-    replace: Callable[[Site], QuantizedLayer]
-    statistic: Callable[[nn.Module], InputStatistic] | None = None
-
-
-def empty_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLayer:
-    """The quantized layer of the same kind and sizes as ``layer``, on its device, still without weights."""
-    device = next(layer.parameters()).device
-    empty = QUANTIZED_TYPES[type(layer)](layer, scheme)
-    return empty.to(device)
-
-
-def round_to_nearest(site: Site) -> QuantizedLayer:
-    """RTN: every weight takes the nearest code, independently of the others."""
-    layer = empty_layer(site.layer, site.scheme)
-    layer.load_float(site.layer)
-    return layer
-
-
-METHODS: dict[str, Method] = {"rtn": Method(round_to_nearest)}
+    def check(self, scheme: Scheme) -> None:
+        """Raise InputError, naming the methods that can, where some part cannot do the scheme."""
+        for name in self.parts:
+            if not METHODS[name].can(scheme):
+                can = [other for other, part in METHODS.items() if part.can(scheme)]
+                raise InputError(f"method {name!r} cannot do {scheme.name}; these can: {', '.join(can)}")
 
 
 def get_method(name: str) -> Method:
-    """The method called ``name``. Raises InputError that lists the methods."""
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    return METHODS[name]
+    """The method called ``name``. Raises InputError that lists the parts, or says which do not combine."""
+    parts = tuple(name.split("+"))
+    for part in parts:
+        if part not in METHODS:
+            raise unknown_name("method", part, METHODS)
+    if len(set(parts)) < len(parts):
+        raise InputError(f"method {name!r} names a part twice")
+    rules = [part for part in parts if isinstance(METHODS[part], Rule)]
+    if len(rules) > 1:
+        raise InputError(
+            f"method {name!r} has several rules for choosing codes: keep one of {', '.join(rules)}"
+        )
+    transforms = _of(Transform, parts)
+    rule = rules[0] if rules else next((each.rule for each in transforms if each.rule != "rtn"), "rtn")
+    chosen = METHODS[rule]
+    assert isinstance(chosen, Rule)
+    return Method(name, transforms, chosen, _of(Finisher, parts), parts)
+
+
+P = TypeVar("P", Transform, Finisher)
+
+
+def _of(kind: type[P], parts: tuple[str, ...]) -> tuple[P, ...]:
+    return tuple(part for part in map(METHODS.__getitem__, parts) if isinstance(part, kind))

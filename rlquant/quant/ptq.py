@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from rlquant.errors import InputError, unknown_name
-from rlquant.quant.calibrate import Calibration, InputStatistic, RangeStatistic, run_calibration
-from rlquant.quant.layers import QuantizedLayer
-from rlquant.quant.methods import QUANTIZED_TYPES, Method, Site, empty_layer, get_method
+from rlquant.quant.bench import Bench
+from rlquant.quant.calibrate import Calibration
+from rlquant.quant.kinds import QUANTIZED_TYPES, empty_layer
+from rlquant.quant.methods import Method, get_method
+from rlquant.quant.pipeline import run_method
+from rlquant.quant.rewrites import Link
 from rlquant.quant.scheme import Scheme
 
 __all__ = ["as_scheme", "prepare_empty_", "quantizable", "quantize_", "replace_layers", "select_layers"]
@@ -29,30 +32,40 @@ def quantize_(
     method: str = "rtn",
     calibration: Calibration | None = None,
     skip: Collection[str] = (),
+    sequential: bool = True,
+    links: Sequence[Link] | None = None,
 ) -> nn.Module:
     """Quantize ``module`` in place and return it (its replacement, where the module is itself such a layer).
 
     Args:
         module: any network of Linear, Conv2d, LSTM or GRU layers; other layers stay as they are.
         scheme: a Scheme or its name. ``fp32`` changes nothing.
-        method: how codes are chosen, a name of ``METHODS``.
-        calibration: inputs of the module for schemes with static activations: an iterable whose items are
-            tuples of positional arguments or single arguments, or one tensor.
+        method: how codes are chosen: a name of ``METHODS``, or several joined as in ``cle+gptq+bias``.
+        calibration: inputs of the module, for schemes with static activations and for methods that look at
+            inputs: an iterable whose items are tuples of positional arguments or single arguments, or one tensor.
         skip: layers to leave alone: qualified names, names of a parent, or patterns such as ``critic*``.
+        sequential: methods that look at inputs see each layer's as the layers quantized before it make them;
+            False shows them those of the float network.
+        links: where scales can be folded, besides what can be read off ``nn.Sequential`` (see
+            :func:`~rlquant.quant.find_links`, whose result they replace).
 
     Raises:
-        InputError: for an unknown scheme, method or skip name, missing or unusable calibration, NaN or Inf in
-        a
-            weight (the layer is named), or where nothing is left to quantize. The module is then unchanged.
+        InputError: for an unknown scheme, method or skip name, a scheme that the method cannot do, missing or
+            unusable calibration, NaN or Inf in a weight (the layer is named), or where nothing is left to
+            quantize. The module is then unchanged.
+
+    Warns:
+        CalibrationWarning: where the data does not suffice for the method; it says what was done instead.
     """
     scheme, chosen = as_scheme(scheme), get_method(method)
     if scheme.is_identity:
         return module
     layers = select_layers(module, skip)
-    ranges, statistics = _calibrate(module, scheme, chosen, calibration, layers)
-    return replace_layers(
-        module, layers, lambda name: _quantized(name, layers, scheme, chosen, ranges, statistics)
-    )
+    if calibration is None and (scheme.needs_calibration or chosen.needs_calibration):
+        raise InputError(_missing_calibration(scheme, chosen))
+    bench = Bench(module, layers, scheme, calibration, links)
+    run_method(bench, chosen, sequential=sequential)
+    return replace_layers(module, bench.originals, bench.finished)
 
 
 def prepare_empty_(module: nn.Module, scheme: str | Scheme, skip: Collection[str] = ()) -> nn.Module:
@@ -95,51 +108,15 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
 
-def _calibrate(
-    module: nn.Module,
-    scheme: Scheme,
-    method: Method,
-    calibration: Calibration | None,
-    layers: Mapping[str, nn.Module],
-) -> tuple[dict[str, RangeStatistic], dict[str, InputStatistic]]:
-    """Gather activation ranges (static schemes) and the method's statistic (where it has one) in one pass."""
-    ranges: dict[str, RangeStatistic] = {}
-    statistics: dict[str, InputStatistic] = {}
-    if scheme.needs_calibration:
-        ranges = {name: RangeStatistic(name, layer, scheme) for name, layer in layers.items()}
-    if method.statistic is not None:
-        statistics = {name: method.statistic(layer) for name, layer in layers.items()}
-    if not ranges and not statistics:
-        return ranges, statistics
-    if calibration is None:
-        raise InputError(
-            f"{scheme.name} needs calibration data to fix its ranges: pass calibration=[inputs, ...]"
-            + (f", or take {_dynamic(scheme).name}" if ranges else "")
-        )
-    both = {name: [part[name] for part in (ranges, statistics) if name in part] for name in layers}
-    run_calibration(module, calibration, layers, both)
-    return ranges, statistics
-
-
-def _quantized(
-    name: str,
-    layers: Mapping[str, nn.Module],
-    scheme: Scheme,
-    method: Method,
-    ranges: Mapping[str, RangeStatistic],
-    statistics: Mapping[str, InputStatistic],
-) -> QuantizedLayer:
-    try:
-        layer = method.replace(Site(name, layers[name], scheme, statistics.get(name)))
-    except InputError as error:
-        raise InputError(f"layer {name or type(layers[name]).__name__!r}: {error}") from error
-    if name in ranges:
-        layer.set_activations(ranges[name].qparams())
-    return layer
+def _missing_calibration(scheme: Scheme, method: Method) -> str:
+    if not scheme.needs_calibration:
+        return f"method {method.name!r} needs calibration data: pass calibration=[inputs, ...]"
+    message = f"{scheme.name} needs calibration data to fix its ranges: pass calibration=[inputs, ...]"
+    return message if method.needs_calibration else f"{message}, or take {_dynamic(scheme).name}"
 
 
 def replace_layers(
-    module: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str], QuantizedLayer]
+    module: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str], nn.Module]
 ) -> nn.Module:
     """Make every replacement first, so that an error changes nothing; then put them in place."""
     made = {id(layer): make(name).train(layer.training) for name, layer in layers.items()}

@@ -26,9 +26,9 @@ from torch import nn
 from rlquant.errors import InputError
 from rlquant.quant.activations import DynamicQuantizer, StaticQuantizer
 from rlquant.quant.calibrate import Calibration, RangeStatistic, run_calibration
+from rlquant.quant.kinds import empty_layer
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.lsq import LearnedActivation, LearnedWeight, RowWiseActivation
-from rlquant.quant.methods import empty_layer
 from rlquant.quant.ptq import as_scheme, replace_layers, select_layers
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight

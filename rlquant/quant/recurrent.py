@@ -8,6 +8,8 @@ of an LSTM and the gates stay float. Equations and gate order are those of ``tor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +49,9 @@ class _QuantRNN(QuantizedLayer):
             setattr(self, f"input_quant_l{k}", activation_quantizer(scheme))
             setattr(self, f"hidden_quant_l{k}", activation_quantizer(scheme))
 
-    def load_float(self, layer: nn.LSTM | nn.GRU, packed: dict[str, QuantizedWeight] | None = None) -> None:
+    def load_float(
+        self, layer: nn.LSTM | nn.GRU, packed: Mapping[str, QuantizedWeight] | None = None
+    ) -> None:
         """Take the layer's weights, rounded to nearest, or those of ``packed`` by name (``packed_ih_l0``)."""
         for k in range(self.num_layers):
             for part in ("ih", "hh"):

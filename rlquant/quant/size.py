@@ -16,7 +16,11 @@ __all__ = ["LayerSize", "size_table", "weight_bytes"]
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Bytes of one layer. ``weights`` counts weight elements; ``codes`` are packed codes or float weights."""
+    """Bytes of one layer. ``weights`` counts weight elements.
+
+    ``codes`` are packed codes, float weights, and outliers in 16 bit with their indices; ``scales`` include
+    those of inputs.
+    """
 
     name: str
     kind: str
@@ -67,15 +71,17 @@ def size_table(module: nn.Module) -> list[LayerSize]:
 def _quantized_row(name: str, layer: QuantizedLayer) -> LayerSize:
     weights = [part for part in layer.modules() if isinstance(part, QuantizedWeight)]
     activations = [part for part in layer.modules() if isinstance(part, StaticQuantizer)]
+    own = dict(layer.named_buffers(recurse=False))
     return LayerSize(
         name,
         type(layer).__name__,
         layer.scheme.name,
         weights=sum(math.prod(weight.shape) for weight in weights),
-        codes=sum(_bytes(weight.codes) for weight in weights),
-        scales=sum(_bytes(weight.scale) for weight in weights),
+        codes=sum(_bytes(weight.codes) for weight in weights)
+        + sum(_bytes(part) for name, part in own.items() if name.startswith("outlier")),
+        scales=sum(_bytes(weight.scale) for weight in weights) + _bytes(own.get("input_scale")),
         zero_points=sum(_bytes(weight.zero_point) for weight in weights),
-        other=sum(_bytes(buffer) for buffer in layer.buffers(recurse=False))
+        other=sum(_bytes(buffer) for name, buffer in own.items() if name.startswith("bias"))
         + sum(_bytes(buffer) for part in activations for buffer in part.buffers()),
     )
 

@@ -19,7 +19,7 @@ from rlquant.quant.scheme import Scheme
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Float32Scale", "QuantizedWeight"]
+__all__ = ["Float32Scale", "QuantizedWeight", "nearest_codes", "nearest_qparams", "spread_qparams"]
 
 
 class Float32Scale(nn.Module):
@@ -74,22 +74,8 @@ class QuantizedWeight(Float32Scale):
 
         Raises InputError naming ``what`` for NaN, Inf, and values that overflow a plain cast.
         """
-        stored = scheme.stored
-        qparams = None
-        if stored.is_scaled:
-            qparams = weight_qparams(weight, stored, scheme.granularity, scheme.observer, what)
-        elif (largest := float(finite_extremes(weight, what).abs().max())) > stored.max:
-            raise InputError(
-                f"{what} reaches {largest:g}, beyond the {stored.max:g} of {stored.name}: take bf16"
-            )
-        matrix = as_matrix(weight.detach())
-        codes = torch.empty(matrix.shape, dtype=stored.code_dtype, device=weight.device)
-        for rows in row_chunks(*matrix.shape):
-            part = matrix[rows].to(torch.float32)
-            if qparams is None:
-                codes[rows] = stored.encode(part)
-            else:
-                codes[rows] = quantize(part, _rows(qparams, scheme, rows, matrix.shape[1]), stored)
+        qparams = nearest_qparams(weight, scheme, what)
+        codes = nearest_codes(as_matrix(weight.detach()), qparams, scheme)
         return cls.from_codes(codes.view(weight.shape), qparams, scheme)
 
     @classmethod
@@ -123,7 +109,7 @@ class QuantizedWeight(Float32Scale):
         qparams = self.qparams()
         if qparams is None:
             return self.scheme.stored.decode(matrix).view(self.shape)
-        spread = _rows(qparams, self.scheme, slice(None), matrix.shape[1])
+        spread = spread_qparams(qparams, self.scheme, matrix.shape[1])
         return dequantize(matrix, spread, self.scheme.stored).view(self.shape)
 
     def cached(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,7 +133,35 @@ class QuantizedWeight(Float32Scale):
         self._cache = None
 
 
-def _rows(qparams: QParams, scheme: Scheme, rows: slice, columns: int) -> QParams:
+def nearest_qparams(
+    weight: Tensor, scheme: Scheme, what: str = "the weight", observer: str | None = None
+) -> QParams | None:
+    """The qparams that the scheme's observer (or ``observer``) chooses; None for plain casts.
+
+    Raises InputError naming ``what`` for NaN, Inf, and values that overflow a plain cast.
+    """
+    stored = scheme.stored
+    if stored.is_scaled:
+        return weight_qparams(weight, stored, scheme.granularity, observer or scheme.observer, what)
+    if (largest := float(finite_extremes(weight, what).abs().max())) > stored.max:
+        raise InputError(f"{what} reaches {largest:g}, beyond the {stored.max:g} of {stored.name}: take bf16")
+    return None
+
+
+def nearest_codes(matrix: Tensor, qparams: QParams | None, scheme: Scheme) -> Tensor:
+    """The nearest code of every element of a float ``[rows, columns]`` weight, in the format's code dtype."""
+    stored = scheme.stored
+    codes = torch.empty(matrix.shape, dtype=stored.code_dtype, device=matrix.device)
+    for rows in row_chunks(*matrix.shape):
+        part = matrix[rows].to(torch.float32)
+        if qparams is None:
+            codes[rows] = stored.encode(part)
+        else:
+            codes[rows] = quantize(part, spread_qparams(qparams, scheme, matrix.shape[1], rows), stored)
+    return codes
+
+
+def spread_qparams(qparams: QParams, scheme: Scheme, columns: int, rows: slice = slice(None)) -> QParams:
     """The qparams of some rows of the weight matrix, spread to broadcast against those rows."""
     if scheme.granularity.kind == "tensor":
         return qparams

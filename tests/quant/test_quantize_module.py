@@ -11,15 +11,11 @@ import rlquant.quant
 from rlquant.errors import InputError
 from rlquant.quant import (
     METHODS,
-    Method,
+    InputMoments,
     QParams,
-    QuantizedLayer,
-    QuantizedWeight,
     QuantLinear,
+    Rule,
     Scheme,
-    Site,
-    empty_layer,
-    get_method,
     prepare_empty_,
     quantizable,
     quantize_,
@@ -224,33 +220,21 @@ def test_an_artifact_of_another_scheme_does_not_load() -> None:
         prepare_empty_(Policy(), "int8-asym").load_state_dict(state)
 
 
-class CountRows:
-    """A statistic such as a method that weighs its inputs would gather."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.rows = 0
-
-    def observe(self, x: torch.Tensor) -> None:
-        self.rows += len(x)
-
-
 def test_a_new_method_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def constant(site: Site) -> QuantizedLayer:
-        assert isinstance(site.statistic, CountRows)
-        layer = empty_layer(site.layer, site.scheme)
-        weight = site.layer.get_parameter("weight")
-        codes = torch.full(weight.shape, site.statistic.rows % 4, dtype=torch.int32)
-        layer.load_float(
-            site.layer, QuantizedWeight.from_codes(codes, QParams(torch.ones(len(weight), 1)), site.scheme)
+    def constant(
+        matrix: torch.Tensor, scheme: Scheme, moments: InputMoments | None, what: str
+    ) -> tuple[torch.Tensor, QParams]:
+        assert moments is not None
+        assert moments.rows.shape == (1, 20, matrix.shape[1])
+        return torch.full(matrix.shape, moments.count % 4, dtype=torch.uint8), QParams(
+            torch.ones(len(matrix), 1)
         )
-        return layer
 
-    monkeypatch.setitem(METHODS, "constant", Method(constant, CountRows))
-    assert get_method("constant").replace is constant
+    monkeypatch.setitem(METHODS, "constant", Rule(constant, sample=20))
     policy = quantize_(Policy(), "w8a8", method="constant", calibration=observations(30), skip=["critic"])
     assert torch.equal(policy.actor.weight, torch.full((3, 16), 2.0))
     assert float(policy.actor.input_quant.scale) != 1.0
-    refused("int8 needs calibration data", "int8", method="constant")
+    refused("method 'constant' needs calibration data", "int8", method="constant")
 
 
 def test_copies_of_a_quantized_module_are_independent() -> None:

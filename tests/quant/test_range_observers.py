@@ -151,7 +151,7 @@ def test_a_long_stream_is_bounded_seeded_and_close(observer: str) -> None:
 
     first, again, other = run(0), run(0), run(1)
     assert first.count == 100_000
-    assert first._sample.numel() <= 2000
+    assert first._sample.items.numel() <= 2000
     assert torch.equal(first.qparams().scale, again.qparams().scale)
     assert float(other.qparams().scale) == pytest.approx(float(first.qparams().scale), rel=0.35)
 
@@ -160,9 +160,9 @@ def test_the_sample_is_uniform_over_the_stream() -> None:
     stream = Observer(unsigned(8), "percentile", sample_size=4000)
     for start in range(0, 100_000, 1000):
         stream.observe(torch.arange(start, start + 1000, dtype=torch.float32))
-    statistic, p_value = stats.kstest(stream._sample.numpy(), stats.uniform(0, 100_000).cdf)
+    statistic, p_value = stats.kstest(stream._sample.items.numpy(), stats.uniform(0, 100_000).cdf)
     assert p_value > 0.01, statistic
-    assert len(stream._sample.unique()) == 4000
+    assert len(stream._sample.items.unique()) == 4000
 
 
 def test_the_extremes_are_exact_whatever_the_sample_missed() -> None:

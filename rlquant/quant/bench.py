@@ -1,0 +1,198 @@
+"""The bench on which methods work: a float module whose layers are exchanged one by one.
+
+The module itself stays untouched. A :class:`Twin` stands in for each layer, by a hook that replaces the
+layer's output: first as the float layer, then as a copy that a rewrite changed, at last as the quantized
+layer. An error on the way therefore leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlquant.quant.calibrate import Calibration, InputStatistic, run_calibration
+from rlquant.quant.kinds import MatrixNames
+from rlquant.quant.layers import QuantizedLayer
+from rlquant.quant.moments import LayerMoments
+from rlquant.quant.rewrites import Link, channel_view, find_links, fold_scale_, scale_inputs_
+from rlquant.quant.scheme import Scheme
+
+__all__ = ["Bench", "CalibrationWarning", "Twin"]
+
+
+class CalibrationWarning(UserWarning):
+    """The calibration did not suffice for a method; the message names the layer and what was done instead."""
+
+
+class Twin:
+    """What stands for one layer: ``input_scale`` ``[channels]`` multiplies its input, ``outliers`` (int64
+    ``[k]``) are input channels that stay in 16 bit, ``quantized`` is the finished layer."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.name, self.original, self.layer = name, layer, layer
+        self.input_scale: Tensor | None = None
+        self.outliers: Tensor | None = None
+        self.quantized: QuantizedLayer | None = None
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a Linear or Conv2d."""
+        assert isinstance(self.layer, nn.Linear | nn.Conv2d)
+        return self.layer.in_features if isinstance(self.layer, nn.Linear) else self.layer.in_channels
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of its input that counts channels."""
+        return -3 if isinstance(self.layer, nn.Conv2d) else -1
+
+    @property
+    def rescalable(self) -> bool:
+        """Whether its input channels can be scaled or split off one by one."""
+        grouped = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
+        return isinstance(self.layer, nn.Linear | nn.Conv2d) and not grouped
+
+    def edit(self) -> nn.Module:
+        """A copy of the float layer to change in place."""
+        if self.layer is self.original:
+            self.layer = copy.deepcopy(self.original)
+        return self.layer
+
+    def entering(self, x: Tensor, *, outliers: bool = False) -> Tensor:
+        """The scaled input, without the outlier channels (or with them)."""
+        if self.input_scale is not None:
+            x = x * self.input_scale.view(-1, *(1,) * (-self.channel_dim - 1)).to(x.dtype)
+        if self.outliers is not None and not outliers:
+            x = x.index_fill(self.channel_dim, self.outliers, 0.0)
+        return x
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        """The output in the layer's present state."""
+        if self.quantized is not None:
+            return self.quantized(x, *rest)
+        return self.layer(self.entering(x, outliers=True), *rest)
+
+    def weight(self, names: MatrixNames) -> Tensor:
+        """The float weight that is rounded: outlier channels are zero in it."""
+        weight = self.layer.get_parameter(names.weight).detach()
+        return weight if self.outliers is None else weight.index_fill(1, self.outliers, 0.0)
+
+    def load_extras(self, quantized: QuantizedLayer) -> None:
+        """Hand the input scale and the outlier channels on to the quantized layer."""
+        if self.input_scale is not None:
+            quantized.input_scale = self.input_scale
+        if self.outliers is not None:
+            columns = self.layer.get_parameter("weight").detach().index_select(1, self.outliers)
+            quantized.outlier_index = self.outliers.to(torch.int32)
+            quantized.outlier_weight = columns.to(torch.float16)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the layer itself gives the same output."""
+        return self.quantized is None and self.layer is self.original and self.input_scale is None
+
+
+class Bench:
+    """A module, the layers of it that are being quantized, and calibration batches that can be run again."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, nn.Module],
+        scheme: Scheme,
+        calibration: Calibration | None,
+        links: Sequence[Link] | None = None,
+    ) -> None:
+        self.module, self.scheme, self.calibration = module, scheme, calibration
+        self.twins = {name: Twin(name, layer) for name, layer in layers.items()}
+        self.norms: dict[str, Twin] = {}
+        self.links = find_links(module, layers) if links is None else [*links]
+
+    @property
+    def originals(self) -> dict[str, nn.Module]:
+        """The layers of the module that have a twin, norms included."""
+        return {name: twin.original for name, twin in {**self.twins, **self.norms}.items()}
+
+    def finished(self, name: str) -> nn.Module:
+        """What takes the place of a layer in the end: the quantized layer, or a rewritten norm."""
+        twin = self.twins.get(name) or self.norms[name]
+        return twin.quantized or twin.layer
+
+    def keep_batches(self) -> None:
+        """Make the calibration data readable more than once."""
+        if self.calibration is not None and not isinstance(self.calibration, Tensor):
+            self.calibration = list(self.calibration)
+
+    def observe(self, statistics: Mapping[str, list[InputStatistic]]) -> None:
+        """One pass of the calibration data; each statistic sees what enters its layer, scaled and masked."""
+        assert self.calibration is not None
+        twins = {**self.twins, **self.norms}
+        seen: dict[str, list[InputStatistic]] = {
+            name: [_Entering(self.twins[name], part) for part in parts] for name, parts in statistics.items()
+        }
+        stand_ins = {name: twin for name, twin in twins.items() if not twin.is_original}
+        run_calibration(self.module, self.calibration, self.originals, seen, stand_ins)
+
+    def moments(
+        self, names: Iterable[str], *, gram: bool = False, sample: int = 0
+    ) -> dict[str, LayerMoments]:
+        """Moments of what enters some layers, gathered in one pass."""
+        gathered = {}
+        for name in names:
+            twin = self.twins[name]
+            gathered[name] = LayerMoments(
+                name, twin.layer, gram=gram, sample=sample, quantized=twin.quantized
+            )
+        self.observe({name: [part] for name, part in gathered.items()})
+        return gathered
+
+    def consumer_groups(self) -> list[tuple[Link | None, list[Twin]]]:
+        """The layers whose inputs can be scaled: consumers of a link together, every other one by itself."""
+        linked = [(link, [self.twins[name] for name in link.consumers]) for link in self.links]
+        inside = {twin.name for _, twins in linked for twin in twins}
+        alone = [
+            (None, [twin]) for name, twin in self.twins.items() if name not in inside and twin.rescalable
+        ]
+        return [*linked, *alone]
+
+    def channels(self, link: Link | None, twins: list[Twin]) -> int:
+        """How many factors a group of :meth:`consumer_groups` takes."""
+        return len(self._producer(link).layer.get_parameter("weight")) if link else twins[0].channels
+
+    def scale(self, link: Link | None, twins: list[Twin], scale: Tensor) -> None:
+        """Multiply the weights' input channels by ``scale`` and divide the input by it.
+
+        The division is folded into the producer of a link; without one it stays in the layer as an explicit
+        input scale, which is stored with it.
+        """
+        if link is not None:
+            fold_scale_(self._producer(link).edit(), [twin.edit() for twin in twins], scale)
+            return
+        for twin in twins:
+            scale_inputs_(twin.edit(), scale)
+            inverse = (1.0 / scale.double()).to(torch.float32)
+            twin.input_scale = inverse if twin.input_scale is None else twin.input_scale * inverse
+
+    def weight_channels(self, twin: Twin, channels: int) -> Tensor:
+        """The present float weight, ``[out, channels, columns of one channel]``."""
+        return channel_view(twin.layer, channels)
+
+    def _producer(self, link: Link) -> Twin:
+        if link.producer in self.twins:
+            return self.twins[link.producer]
+        if link.producer not in self.norms:
+            self.norms[link.producer] = Twin(link.producer, self.module.get_submodule(link.producer))
+        return self.norms[link.producer]
+
+
+class _Entering:
+    """Shows a statistic the input of a layer as its twin takes it."""
+
+    def __init__(self, twin: Twin, statistic: InputStatistic) -> None:
+        self.twin, self.statistic = twin, statistic
+
+    def observe(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.statistic.observe(self.twin.entering(x), *args, **kwargs)

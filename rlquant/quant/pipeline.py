@@ -1,0 +1,201 @@
+"""From float layers to quantized ones, by a method: transforms, then layer after layer, then finishing touches.
+
+Layers are quantized in the order in which the module calls them, and each sees its inputs as the layers already
+quantized before it make them ("true sequential", as in GPTQ): it makes up for their errors. Layers that read the
+very same tensor, such as query, key and value projections, are one stage and share a pass of the data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlquant.errors import InputError
+from rlquant.quant.affine import QParams, finite_extremes
+from rlquant.quant.bench import Bench, CalibrationWarning, Twin
+from rlquant.quant.calibrate import RangeStatistic
+from rlquant.quant.granularity import as_matrix
+from rlquant.quant.kinds import empty_layer, matrices
+from rlquant.quant.layers import QuantizedLayer
+from rlquant.quant.methods import Method
+from rlquant.quant.moments import InputMoments, LayerMoments
+from rlquant.quant.nearest import round_to_nearest
+from rlquant.quant.scheme import Scheme
+from rlquant.quant.tensor import QuantizedWeight
+
+__all__ = ["run_method"]
+
+
+def run_method(bench: Bench, method: Method, *, sequential: bool = True) -> None:
+    """Give every twin on the bench its quantized layer.
+
+    Raises InputError, naming the layer where it is one layer's fault.
+    """
+    method.check(bench.scheme)
+    if method.needs_calibration:
+        bench.keep_batches()
+    for transform in method.transforms:
+        transform.apply(bench)
+    reads_inputs = method.rule.needs_inputs or bool(method.finishers)
+    ranges, reference, order = _float_pass(bench, reads_inputs)
+    activations = {name: statistic.qparams() for name, statistic in ranges.items()}
+    for stage in order.stages() if reads_inputs and sequential else [list(bench.twins)]:
+        empty = {name: _empty(bench.twins[name], bench.scheme, activations.get(name)) for name in stage}
+        moments = _moments(bench, empty, method) if reads_inputs else {}
+        for name, layer in empty.items():
+            twin = bench.twins[name]
+            with _naming(twin):
+                _load(twin, layer, method, moments.get(name))
+            if name in moments:
+                _finish(twin, layer, method, reference[name], moments[name])
+            twin.quantized = layer
+
+
+class CallOrder:
+    """In which order the layers of a module are called, and which of them are given the same tensor."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._first: dict[str, Any] = {}
+
+    def statistic(self, name: str) -> _FirstInput:
+        """What is to observe the inputs of a layer."""
+        return _FirstInput(self._first, name)
+
+    def stages(self) -> list[list[str]]:
+        """Names in order of their first call, neighbours that read the same tensor together; unused ones last."""
+        stages: list[list[str]] = []
+        last: Any = None
+        for name, x in self._first.items():
+            if stages and x is last:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+            last = x
+        unused = [name for name in self.names if name not in self._first]
+        return [*stages, unused] if unused else stages
+
+
+class _FirstInput:
+    def __init__(self, first: dict[str, Any], name: str) -> None:
+        self.first, self.name = first, name
+
+    def observe(self, x: Any, *args: Any, **kwargs: Any) -> None:
+        self.first.setdefault(self.name, x)
+
+
+def _float_pass(
+    bench: Bench, reads_inputs: bool
+) -> tuple[dict[str, RangeStatistic], dict[str, LayerMoments], CallOrder]:
+    """One pass of the float network: activation ranges, mean inputs and the order of calls, as needed."""
+    twins, order = bench.twins, CallOrder(list(bench.twins))
+    ranges: dict[str, RangeStatistic] = {}
+    reference: dict[str, LayerMoments] = {}
+    if bench.scheme.needs_calibration:
+        ranges = {name: RangeStatistic(name, twin.layer, bench.scheme) for name, twin in twins.items()}
+    if reads_inputs:
+        reference = {name: LayerMoments(name, twin.layer) for name, twin in twins.items()}
+    if ranges or reference:
+        parts = (ranges, reference, {name: order.statistic(name) for name in twins})
+        bench.observe({name: [part[name] for part in parts if name in part] for name in twins})
+    return ranges, reference, order
+
+
+def _empty(twin: Twin, scheme: Scheme, activations: dict[str, QParams] | None) -> QuantizedLayer:
+    """The quantized layer of a twin with its activation grids, still without codes."""
+    with _naming(twin):
+        layer = empty_layer(twin.layer, scheme)
+    if activations:
+        layer.set_activations(activations)
+    return layer
+
+
+def _moments(bench: Bench, empty: dict[str, QuantizedLayer], method: Method) -> dict[str, LayerMoments]:
+    """Moments of what enters the layers of a stage, on their activation grids, in one pass."""
+    rule = method.rule
+    gathered = {
+        name: LayerMoments(name, bench.twins[name].layer, gram=rule.gram, sample=rule.sample, quantized=layer)
+        for name, layer in empty.items()
+    }
+    bench.observe({name: [part] for name, part in gathered.items()})
+    return gathered
+
+
+def _load(twin: Twin, layer: QuantizedLayer, method: Method, moments: LayerMoments | None) -> None:
+    """Choose the codes of every matrix and load them."""
+    packed = {}
+    for names in matrices(twin.layer):
+        weight = twin.weight(names)
+        what = "the weight" if names.weight == "weight" else names.weight
+        finite_extremes(weight, what)
+        seen = None if moments is None else moments.by_matrix[names.packed]
+        label = f"layer {twin.name!r}: {what}"
+        codes, qparams = _choose(as_matrix(weight).to(torch.float32), layer.scheme, method, seen, label)
+        packed[names.packed] = QuantizedWeight.from_codes(codes.view(weight.shape), qparams, layer.scheme)
+    layer.load_float(twin.layer, packed)
+    twin.load_extras(layer)
+
+
+def _choose(
+    matrix: Tensor, scheme: Scheme, method: Method, moments: InputMoments | None, what: str
+) -> tuple[Tensor, QParams | None]:
+    """Codes and qparams of a whole matrix, whose blocks of rows may have inputs of their own."""
+    rule = method.rule
+    if not rule.needs_inputs:
+        return rule.choose(matrix, scheme, None, what)
+    assert moments is not None
+    if moments.count == 0:
+        warnings.warn(
+            f"{what}: calibration never reached it, so it is rounded to nearest. Calibrate with data that uses it, "
+            "or name it in skip",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+        return round_to_nearest(matrix, scheme, None, what)
+    if moments.blocks == 1:
+        return rule.choose(matrix, scheme, moments, what)
+    if scheme.granularity.kind == "tensor":
+        raise InputError(
+            "a Conv2d with groups has inputs of its own for each group, and one scale for the tensor cannot be chosen "
+            "by each: take scales per channel, or the method rtn"
+        )
+    return _joined(
+        [
+            rule.choose(part, scheme, moments.block(i), what)
+            for i, part in enumerate(matrix.chunk(moments.blocks))
+        ]
+    )
+
+
+def _joined(parts: list[tuple[Tensor, QParams | None]]) -> tuple[Tensor, QParams | None]:
+    codes = torch.cat([codes for codes, _ in parts])
+    qparams = [each for _, each in parts if each is not None]
+    if not qparams:
+        return codes, None
+    points = [each.zero_point for each in qparams if each.zero_point is not None]
+    return codes, QParams(torch.cat([each.scale for each in qparams]), torch.cat(points) if points else None)
+
+
+def _finish(
+    twin: Twin, layer: QuantizedLayer, method: Method, reference: LayerMoments, moments: LayerMoments
+) -> None:
+    """Let the finishers adjust a layer, where calibration reached it."""
+    for names in matrices(twin.layer):
+        before, after = reference.by_matrix[names.packed], moments.by_matrix[names.packed]
+        if before.count and after.count:
+            for finisher in method.finishers:
+                finisher.apply(layer, names, twin.weight(names), before, after)
+
+
+@contextmanager
+def _naming(twin: Twin) -> Iterator[None]:
+    """Say in an InputError which layer it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"layer {twin.name or type(twin.layer).__name__!r}: {error}") from error
