@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,8 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of episode 0; epis
 CalibrationOption = Annotated[
     int, typer.Option("--calibration-episodes", help="On-policy episodes that fix activation ranges.")
 ]
+# What Typer's parser raises; Typer names only a child of it.
+_UsageError: Any = typer.BadParameter.__base__
 KINDS = ("agents", "envs", "recipes", "schemes")
 
 
@@ -79,6 +81,9 @@ def evaluate(
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Episodes that step together, likewise.")] = 128,
     normaliser: NormaliserOption = None,
+    frame_stack: Annotated[
+        int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
+    ] = 1,
     trust: TrustOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].")] = None,
 ) -> None:
@@ -107,6 +112,7 @@ def evaluate(
             workers=workers,
             batch=batch,
             normaliser=normaliser,
+            frame_stack=frame_stack,
             trust=trust,
             out=out,
         )
@@ -163,11 +169,19 @@ def formats(
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit status 2."""
     try:
-        app()
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except InputError as error:
         sys.stderr.write(f"rlquant: error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx is not None else "rlquant"
+            sys.stderr.write(f"rlquant: error: {error.format_message()} See: {command} --help\n")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("rlquant: stopped; repeat the command to go on\n")
         sys.exit(130)
     except BrokenPipeError:  # `rlquant ls | head`

@@ -41,13 +41,14 @@ class EvaluateOptions:
     workers: int
     batch: int
     normaliser: Path | None
+    frame_stack: int
     trust: bool
     out: Path | None
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
     """Evaluate, write results.json and report.html, print the table."""
-    from rlquant.control import Evaluation, Settings, load
+    from rlquant.control import Evaluation, Settings
     from rlquant.control.evaluate import settings_json, subject
     from rlquant.measure import results_document
 
@@ -64,9 +65,12 @@ def run_evaluate(options: EvaluateOptions) -> None:
         device=_device(options.device),
     )
     settings.schemes()  # a misspelt precision is reported before anything is loaded
+    for name, count in (("--workers", options.workers), ("--batch", options.batch)):
+        if count < 1:
+            raise InputError(f"{name} must be at least 1, not {count}")
     if options.runtime not in RUNTIMES:
         raise unknown_name("runtime", options.runtime, RUNTIMES)
-    agent = load(options.source, env=options.env, normaliser=options.normaliser, trust=options.trust)
+    agent = _load(options.source, options)
     artifact = agent if agent.precision != "fp32" else None
     if artifact is not None:
         agent = _reference_of(artifact, options)
@@ -75,6 +79,8 @@ def run_evaluate(options: EvaluateOptions) -> None:
         "subject": subject(agent),
         "artifact": artifact and artifact.sha256,
         "env": agent.env.to_json(),
+        "observation": {key: part.to_json() for key, part in agent.parts.items()},
+        "head": agent.head.to_json(),
         "settings": settings_json(settings),
         "versions": versions,
     }
@@ -115,11 +121,12 @@ def run_quantize(
     """Quantize an agent and write its artifact."""
     from rich.console import Console
 
-    from rlquant.control import collect, load, quantize_agent, save_artifact
+    from rlquant.control import Settings, collect, load, quantize_agent, save_artifact
     from rlquant.control.collect import CALIBRATION_SEED
     from rlquant.quant import Scheme, get_method, weight_bytes
 
     scheme, chosen = Scheme.parse(scheme_name), get_method(method)
+    Settings(seed=seed, calibration_episodes=calibration_episodes)  # the same limits as in an evaluation
     agent = load(source, env=env, normaliser=normaliser, trust=trust)
     if agent.precision != "fp32":
         raise InputError(
@@ -138,14 +145,28 @@ def run_quantize(
     )
 
 
-def _reference_of(artifact: Agent, options: EvaluateOptions) -> Agent:
-    """The fp32 agent that an artifact was made from, to compare it with."""
+def _load(source: str, options: EvaluateOptions) -> Agent:
+    """Load an agent; say so where its environment has a new name."""
     from rlquant.control import load
 
+    agent = load(
+        source,
+        env=options.env,
+        normaliser=options.normaliser,
+        frame_stack=options.frame_stack,
+        trust=options.trust,
+    )
+    if agent.env.requested is not None:
+        sys.stderr.write(f"rlquant: {agent.env.requested} has retired; evaluated on {agent.env.id}\n")
+    return agent
+
+
+def _reference_of(artifact: Agent, options: EvaluateOptions) -> Agent:
+    """The fp32 agent that an artifact was made from, to compare it with."""
     source, sha256 = artifact.origin or ("", "")
     wanted = options.reference or source
     try:
-        agent = load(wanted, env=options.env, normaliser=options.normaliser, trust=options.trust)
+        agent = _load(wanted, options)
     except InputError as error:
         raise InputError(
             f"{artifact.source} is compared with the agent that it was made from, {wanted!r}, which cannot be "
@@ -165,8 +186,8 @@ def _publish(folder: RunFolder, document: dict[str, Any]) -> None:
 
     from rlquant.report import render_report, terminal_table, verdict_lines
 
-    folder.write("results.json", json.dumps(document, indent=1))
     report = folder.write("report.html", render_report(document))
+    folder.write("results.json", json.dumps(document, indent=1))  # last: its presence says that all is there
     console = Console(highlight=False)
     console.print(terminal_table(document, console.width))
     for line in verdict_lines(document):

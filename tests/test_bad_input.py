@@ -196,3 +196,40 @@ def test_normaliser_of_another_shape(agent: Path, zoo: Path, refused: Callable[.
 def test_empty_folder(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", says=("no known kind",))
+
+
+def test_options_that_would_be_ignored_are_refused(
+    zoo: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    refused(
+        "ppo-cartpole", "--normaliser", tmp_path / "vecnormalize.pkl", says=("--normaliser is for a bare",)
+    )
+    refused(
+        zoo / "ppo/CartPole-v1_1", "--normaliser", tmp_path / "x.pkl", says=("--normaliser is for a bare",)
+    )
+    refused("ppo-cartpole", "--max-episodes", -5, says=("--max-episodes",))
+
+
+def test_a_bad_option_value_is_one_sentence(refused: Callable[..., str], agent: Path) -> None:
+    refused(agent, "--episodes", "many", says=("'--episodes'", "integer"))
+
+
+def test_counts_are_checked_before_a_folder_is_made(
+    rlquant: Callable[..., Any], agent: Path, tmp_path: Path
+) -> None:
+    assert rlquant("evaluate", agent, *CARTPOLE, "--workers", 0, "--out", tmp_path / "run").status == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_not_reused_under_another_normaliser(
+    rlquant: Callable[..., Any], zoo: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.zip"
+    shutil.copyfile(zoo / "ars/Pendulum-v1_1/best_model.zip", bare)
+    budget = ("--env", "Pendulum-v1", "--precisions", "fp32", "--episodes", 2, "--out", tmp_path / "run")
+    scores = []
+    for more in ((), ("--normaliser", zoo / "ars/Pendulum-v1_1/Pendulum-v1/vecnormalize.pkl")):
+        assert rlquant("evaluate", bare, *budget, *more).status == 0
+        document = json.loads((tmp_path / "run/results.json").read_text())
+        scores.append(document["rows"][0]["score"]["mean"])
+    assert scores[0] != scores[1]

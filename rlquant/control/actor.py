@@ -19,7 +19,10 @@ __all__ = ["ACTIVATIONS", "Actor", "FeatureMap", "build_layers", "describe_layer
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Identity)
+    for cls in (
+        *(nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Identity),
+        *(nn.SELU, nn.Softplus, nn.Mish, nn.Softsign, nn.Hardswish, nn.ReLU6),
+    )
 }
 
 

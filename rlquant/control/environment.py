@@ -7,25 +7,20 @@ changed observation is never fed to a network that was not trained on it.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from rlquant import catalog
+from rlquant.control.env_ids import quiet, register, registered, unknown_env, versions
 from rlquant.control.spaces import Space
-from rlquant.errors import InputError, missing_package, unknown_name
+from rlquant.control.wrappers import wrap
+from rlquant.errors import InputError, missing_package
 
-__all__ = ["WRAPPERS", "EnvSpec", "make_env", "random_scores", "resolve_env"]
+__all__ = ["EnvSpec", "make_env", "random_scores", "resolve_env"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +28,9 @@ class EnvSpec:
     """How to make an environment.
 
     Attributes:
-        id: gymnasium id as registered now.
+        id: gymnasium id as registered now; ``module:Id-v0`` imports a module first.
         kwargs: for ``gym.make``.
-        wrappers: (name in :data:`WRAPPERS`, keyword arguments), applied in order.
+        wrappers: (name in :data:`~rlquant.control.wrappers.WRAPPERS`, keyword arguments), applied in order.
         requested: the id that was asked for, where it is a retired one.
     """
 
@@ -60,22 +55,20 @@ def make_env(spec: EnvSpec) -> gym.Env:
     Raises:
         InputError: the id is unknown (nearest suggested), a package is missing, or a wrapper is unknown.
     """
-    _register_ours(spec.id)
-    if spec.id not in gym.registry:
-        raise unknown_name("environment", spec.id, _choices_near(spec.id))
+    register(spec.id)
+    if not registered(spec.id):
+        raise unknown_env(spec.id)
     try:
-        with _quiet(spec.id):
+        with quiet(spec.id):
             env = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        if "moved" in str(error):
-            raise InputError(f"the environment {spec.id} has retired") from None
-        raise missing_package(_missing_name(error), "mujoco", f"the environment {spec.id}") from None
+        raise _not_installed(spec.id, error) from None
     except gym.error.Error as error:
         raise InputError(f"the environment {spec.id} cannot be made: {error}") from None
     except TypeError as error:
         raise InputError(f"the environment {spec.id} does not take {spec.kwargs}: {error}") from None
     for name, kwargs in spec.wrappers:
-        env = _wrapper(name)(env, **kwargs)
+        env = wrap(env, name, kwargs)
     return env
 
 
@@ -89,36 +82,32 @@ def resolve_env(requested: EnvSpec, fits: Callable[[gym.Env], bool]) -> EnvSpec:
     Raises:
         InputError: no registered version fits, none can be made, or the id is unknown.
     """
-    problems: list[str] = []
-    for env_id, variant in _versions(requested.id):
-        spec = replace(
-            requested,
-            id=env_id,
-            kwargs={**variant, **requested.kwargs},
-            requested=None if env_id == requested.id else requested.id,
-        )
-        for candidate in (spec, replace(spec, wrappers=(*spec.wrappers, ("FlattenGoal", {})))):
-            try:
-                env = make_env(candidate)
-            except InputError as error:
-                problems.append(str(error))
-                break
-            if fits(env):
-                env.close()
-                return candidate
-            problems.append(f"{env_id} has {_describe_spaces(env)}")
+    problems: list[InputError] = []
+    for candidate in _candidates(requested):
+        try:
+            env = make_env(candidate)
+        except InputError as error:
+            problems.append(error)
+            continue
+        if fits(env):
             env.close()
-            if not _has_goal(env):
-                break
+            return candidate
+        problems.append(InputError(f"{candidate.id} has {_describe_spaces(env)}"))
+        env.close()
     if not problems:
-        raise unknown_name("environment", requested.id, _choices_near(requested.id))
-    if len(problems) == 1 and " has " not in problems[0]:
-        raise InputError(problems[0])
-    raise InputError(f"no version of {requested.id} fits this agent's spaces: {'; '.join(problems)}")
+        raise unknown_env(requested.id)
+    reasons = list(dict.fromkeys(map(str, problems)))
+    if not any(" has observations " in reason for reason in reasons):
+        # None could even be made: what to install says more than that the old id has retired.
+        raise next((problem for problem in problems if "pip install" in str(problem)), problems[0])
+    raise InputError(f"no version of {requested.id} fits this agent's spaces: {'; '.join(reasons)}")
 
 
 def random_scores(spec: EnvSpec, episodes: int, seed: int) -> np.ndarray:
-    """Returns ``[episodes]`` of uniformly random actions, the zero of the retention scale."""
+    """Returns ``[episodes]`` of uniformly random actions, the zero of the retention scale.
+
+    Episode ``i`` seeds both ``env.reset`` and the sampling of actions with ``seed + i``.
+    """
     env = make_env(spec)
     returns = np.zeros(episodes)
     for episode in range(episodes):
@@ -133,23 +122,20 @@ def random_scores(spec: EnvSpec, episodes: int, seed: int) -> np.ndarray:
     return returns
 
 
-def _versions(requested: str) -> list[tuple[str, dict[str, Any]]]:
-    """The id itself first, then its other versions, newest first, and variants known to keep old spaces."""
-    _register_ours(requested)
-    name = re.sub(r"-v\d+$", "", requested)
-    versions = {spec.version: key for key, spec in gym.registry.items() if re.sub(r"-v\d+$", "", key) == name}
-    newest_first = [versions[v] for v in sorted(versions, key=lambda v: -1 if v is None else v, reverse=True)]
-    ids = sorted(newest_first, key=lambda env_id: env_id != requested)  # a stable sort
-    found: list[tuple[str, dict[str, Any]]] = [(env_id, {}) for env_id in ids]
-    if "Ant-v4" in ids:  # Ant-v2 and v3 observed contact forces
-        found.append(("Ant-v4", {"use_contact_forces": True}))
+def _candidates(requested: EnvSpec) -> list[EnvSpec]:
+    """Each version of the id, as it is and with goals flattened as SB3's first HER did."""
+    found = []
+    for env_id, kwargs, wrappers in versions(requested.id):
+        spec = EnvSpec(
+            env_id,
+            {**kwargs, **requested.kwargs},
+            (*requested.wrappers, *wrappers),
+            requested=None if env_id == requested.id else requested.id,
+        )
+        found.append(spec)
+        if re.match(r"Fetch|Hand|Panda|parking", env_id):
+            found.append(replace(spec, wrappers=(*spec.wrappers, ("FlattenGoal", {}))))
     return found
-
-
-def _has_goal(env: gym.Env) -> bool:
-    return (
-        isinstance(env.observation_space, gym.spaces.Dict) and "desired_goal" in env.observation_space.spaces
-    )
 
 
 def _describe_spaces(env: gym.Env) -> str:
@@ -157,128 +143,14 @@ def _describe_spaces(env: gym.Env) -> str:
     return f"observations {seen} and actions {taken}"
 
 
-@contextmanager
-def _quiet(env_id: str = "") -> Iterator[None]:
-    """Keep notices about other versions and model files, which a user cannot act on, off the terminal."""
-    made_by = str(getattr(gym.registry.get(env_id), "entry_point", ""))
-    mujoco: Any = importlib.import_module("mujoco") if "mujoco" in made_by else sys.modules.get("mujoco")
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        if mujoco is not None:
-            mujoco.set_mju_user_warning(lambda _message: None)
-        try:
-            yield
-        finally:
-            if mujoco is not None:
-                mujoco.set_mju_user_warning(None)
-
-
-def _register_ours(env_id: str) -> None:
-    """Make sure that ids outside gymnasium's own are registered: our custom ones, robotics, Atari."""
-    catalog.register_env(env_id)
-    name = env_id.rsplit("-v", 1)[0]
-    if name.startswith(("Fetch", "Hand", "Adroit", "FrankaKitchen", "PointMaze", "AntMaze")):
-        _register_robotics()
-    if name.startswith("ALE/") or "NoFrameskip" in name:
-        _register_package("ale_py", "ale-py", env_id)
-
-
-def _register_package(module: str, package: str, env_id: str) -> None:
-    try:
-        gym.register_envs(__import__(module))
-    except ImportError:
-        raise InputError(
-            f"the environment {env_id} needs the package {package}: pip install {package}"
-        ) from None
-
-
-def _register_robotics() -> None:
-    try:
-        with _quiet():
-            import gymnasium_robotics
-            from gymnasium_robotics.utils import mujoco_utils
-    except ImportError:
-        raise missing_package("gymnasium-robotics", "mujoco", "a robotics environment") from None
-    gym.register_envs(gymnasium_robotics)
-    _use_integer_joint_types(mujoco_utils)
-
-
-def _use_integer_joint_types(mujoco_utils: Any) -> None:
-    """Let gymnasium-robotics 1.4.2 run on MuJoCo 3.9 and later.
-
-    It tests ``joint_type in (mjtJoint.mjJNT_HINGE, ...)`` with an integer that MuJoCo's newer enums no longer
-    equal, and stops with an AssertionError on every robot.
-    """
-    import types
-
-    import mujoco
-
-    if not isinstance(mujoco_utils.mujoco, types.ModuleType) or hasattr(mujoco_utils.mujoco, "rlquant_proxy"):
-        return
-
-    class Proxy(types.ModuleType):
-        rlquant_proxy = True
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(mujoco, name)
-
-    proxy = Proxy("mujoco")
-    joints = {n: int(getattr(mujoco.mjtJoint, n)) for n in dir(mujoco.mjtJoint) if n.startswith("mjJNT")}
-    proxy.mjtJoint = types.SimpleNamespace(**joints)  # type: ignore[attr-defined]
-    mujoco_utils.mujoco = proxy
-
-
-class FlattenGoal(gym.ObservationWrapper):
-    """``concat(observation, desired_goal)``: what SB3's HER before 1.1 fed to its policies (``ObsDictWrapper``)."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        parts = [env.observation_space[key] for key in ("observation", "desired_goal")]  # type: ignore[index]
-        low, high = (np.concatenate([getattr(part, bound) for part in parts]) for bound in ("low", "high"))
-        self.observation_space = gym.spaces.Box(low, high, dtype=parts[0].dtype)
-
-    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        """``[observation + goal]``."""
-        return np.concatenate([observation["observation"], observation["desired_goal"]])
-
-
-def _time_feature(env: gym.Env, **kwargs: Any) -> gym.Env:
-    from sb3_contrib.common.wrappers import TimeFeatureWrapper
-
-    return TimeFeatureWrapper(env, **kwargs)
-
-
-def _atari(env: gym.Env, **kwargs: Any) -> gym.Env:
-    from stable_baselines3.common.atari_wrappers import AtariWrapper
-
-    # A score is the game's own: whole games, unclipped points.
-    return AtariWrapper(env, **{**kwargs, "terminal_on_life_loss": False, "clip_reward": False})
-
-
-def _flatten(env: gym.Env) -> gym.Env:
-    return gym.wrappers.FlattenObservation(env)
-
-
-WRAPPERS: dict[str, Callable[..., gym.Env]] = {
-    "TimeFeatureWrapper": _time_feature,
-    "AtariWrapper": _atari,
-    "FlattenObservation": _flatten,
-    "FlattenGoal": FlattenGoal,
-}
-
-
-def _wrapper(name: str) -> Callable[..., gym.Env]:
-    if name not in WRAPPERS:
-        raise unknown_name("environment wrapper", name, WRAPPERS)
-    return WRAPPERS[name]
-
-
-def _choices_near(env_id: str) -> list[str]:
-    """A readable list: our cards, and the registered ids that begin alike."""
-    alike = [known for known in gym.registry if known.lower()[:4] == env_id.lower()[:4]]
-    return sorted({*catalog.envs(), *alike})
-
-
-def _missing_name(error: Exception) -> str:
-    found = re.search(r"No module named '([\w.]+)'|pip install ['\"]?gymnasium\[([\w-]+)\]", str(error))
-    return next((group for group in found.groups() if group), "mujoco") if found else "mujoco"
+def _not_installed(env_id: str, error: Exception) -> InputError:
+    text = str(error)
+    if "moved" in text:
+        return InputError(f"the environment {env_id} has retired")
+    if (
+        re.search(r"mujoco(?!.py)", text, re.IGNORECASE)
+        and "mujoco_py" not in text
+        and "mujoco-py" not in text
+    ):
+        return missing_package("mujoco", "mujoco", f"the environment {env_id}")
+    return InputError(f"the environment {env_id} cannot be made: {text}")

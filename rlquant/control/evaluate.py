@@ -66,6 +66,8 @@ class Settings:
                 f"at least one episode is needed, not {min(self.episodes, self.calibration_episodes)}; "
                 "20 give a first impression, 100 an interval worth quoting"
             )
+        if self.max_episodes < 1:
+            raise InputError(f"--max-episodes must be at least 1, not {self.max_episodes}")
         if not 0 <= self.seed < CALIBRATION_SEED - self.max_episodes:
             raise InputError(
                 f"the seed must be between 0 and {CALIBRATION_SEED - self.max_episodes - 1}, not {self.seed}"
@@ -78,6 +80,11 @@ class Settings:
             raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
         for method in self.methods:
             get_method(method)
+
+    @property
+    def interval_confidence(self) -> float:
+        """Of one retention interval: a sequential run divides its error among its looks."""
+        return 1 - (1 - self.confidence) / (LOOKS if self.sequential else 1)
 
     def schemes(self) -> list[tuple[Scheme, str]]:
         """(scheme, method) of each row: fp32 first, then in the order given, none twice."""
@@ -230,19 +237,25 @@ class Evaluation:
         self.progress(row.name, wanted, wanted)
 
     def _play_until_decided(self, rows: list[_Row], random_score: float) -> None:
-        """Extend undecided rows (and the reference) up to ``LOOKS`` looks in all."""
+        """Extend undecided rows (and the reference), up to ``LOOKS`` looks in all.
+
+        Each look judges as many episodes as the look before planned, whatever an interrupted run has kept
+        beyond them, so that a resumed run takes the same looks as an undisturbed one.
+        """
+        planned = {row.name: self.settings.episodes for row in rows}
         for _ in range(LOOKS - 1):
-            verdicts = {row.name: self._retention(row, rows[0], random_score) for row in rows[1:]}
-            open_rows = [row for row in rows[1:] if verdicts[row.name].verdict == "undecided"]
-            lengths = [
-                min(len(row.returns) + (verdicts[row.name].more_episodes or 0), self.settings.max_episodes)
-                for row in open_rows
-            ]
-            if not open_rows or all(n == len(row.returns) for n, row in zip(lengths, open_rows, strict=True)):
+            more = {}
+            for row in rows[1:]:
+                seen = self._retention(row, rows[0], random_score, planned[row.name])
+                if seen.verdict == "undecided" and seen.more_episodes:
+                    more[row.name] = min(planned[row.name] + seen.more_episodes, self.settings.max_episodes)
+            more = {name: length for name, length in more.items() if length > planned[name]}
+            if not more:
                 return
-            self._play(rows[0], max(lengths))
-            for row, length in zip(open_rows, lengths, strict=True):
-                self._play(row, length)
+            planned |= more
+            self._play(rows[0], max(more.values()))
+            for row in rows[1:]:
+                self._play(row, planned[row.name])
 
     def _measure(self, rows: list[_Row]) -> None:
         """Fill the profiles that are not there yet."""
@@ -261,16 +274,19 @@ class Evaluation:
                 row.profile["weights"] = profiler.histograms(row.agent, row.scheme, calibration)
             self._keep_row(row)
 
-    def _retention(self, row: _Row, reference: _Row, random_score: float) -> Retention:
+    def _retention(
+        self, row: _Row, reference: _Row, random_score: float, episodes: int | None = None
+    ) -> Retention:
+        """Of the first ``episodes`` episodes; of all by default."""
         if row is reference:
             return Retention.of_reference()
-        looks = LOOKS if self.settings.sequential else 1
+        count = episodes or len(row.returns)
         return compare(
-            np.asarray(reference.returns[: len(row.returns)]),
-            np.asarray(row.returns),
+            np.asarray(reference.returns[:count]),
+            np.asarray(row.returns[:count]),
             random_score=random_score,
             margin=self.settings.margin,
-            confidence=1 - (1 - self.settings.confidence) / looks,
+            confidence=self.settings.interval_confidence,
             seed=self.settings.seed,
         )
 
@@ -330,4 +346,9 @@ def subject(agent: Agent) -> dict[str, Any]:
 
 def settings_json(settings: Settings) -> dict[str, Any]:
     """The ``settings`` of a results document."""
-    return {**asdict(settings), "precisions": list(settings.precisions), "methods": list(settings.methods)}
+    return {
+        **asdict(settings),
+        "precisions": list(settings.precisions),
+        "methods": list(settings.methods),
+        "interval_confidence": settings.interval_confidence,
+    }

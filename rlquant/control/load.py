@@ -24,7 +24,12 @@ __all__ = ["from_sb3", "load"]
 
 
 def load(
-    source: str | Path, *, env: str | None = None, normaliser: str | Path | None = None, trust: bool = False
+    source: str | Path,
+    *,
+    env: str | None = None,
+    normaliser: str | Path | None = None,
+    frame_stack: int = 1,
+    trust: bool = False,
 ) -> Agent:
     """Load an agent.
 
@@ -32,6 +37,7 @@ def load(
         source: a catalog name, an SB3 ``.zip``, an rl-zoo agent folder, or an rlquant artifact folder.
         env: the environment's id; needed for a bare zip, and stronger than what the source says.
         normaliser: a ``vecnormalize.pkl`` for a bare zip that was trained with ``VecNormalize``.
+        frame_stack: how many observations a bare zip was trained to see at once.
         trust: let SB3 and pickle load the file, which runs whatever code it holds.
 
     Returns:
@@ -41,6 +47,8 @@ def load(
         InputError: the source is missing, of an unknown kind, damaged, refused, or fits no environment.
     """
     path = Path(source)
+    if normaliser is not None and not (path.is_file() and find_zoo_folder(path) is None):
+        raise InputError(f"--normaliser is for a bare SB3 .zip; {source} brings its own observation map")
     if str(source) in catalog.agents() and not path.exists():
         card = catalog.agent_card(str(source))
         folder = catalog.agent_folder(str(source))
@@ -52,13 +60,16 @@ def load(
     if (path / "policy.json").is_file():
         from rlquant.control.artifact import load_artifact
 
-        return load_artifact(path)
+        agent = load_artifact(path)
+        if env is not None and env != agent.env.id:
+            raise InputError(f"the artifact {source} acts in {agent.env.id}, not in {env}; leave --env out")
+        return agent
     zoo = find_zoo_folder(path)
     if zoo is not None:
         agent = _from_zoo(zoo, env, trust)
     elif path.is_file():
         statistics = load_normaliser(Path(normaliser), trust=trust) if normaliser else {}
-        agent = _from_zip(path, _named(env, path), statistics, 1, trust)
+        agent = _from_zip(path, _named(env, path), statistics, frame_stack, trust)
     else:
         raise InputError(
             f"{path} is a folder of no known kind; expected an rl-zoo agent (a zip and <env>/config.yml) or an "
@@ -93,12 +104,22 @@ def from_sb3(model: Any, *, env: str | EnvSpec | None = None) -> Agent:
     return _assemble(
         type(model).__name__,
         {name: tensor.cpu() for name, tensor in model.policy.state_dict().items()},
-        {key: str(value) if isinstance(value, type) else value for key, value in model.policy_kwargs.items()},
+        _plain_kwargs(model),
         (Space.from_gym(model.observation_space), Space.from_gym(model.action_space)),
         EnvSpec(env) if isinstance(env, str) else env,
         statistics,
         stack=getattr(_find_stack(vec_env), "n_stack", 1),
     )
+
+
+def _plain_kwargs(model: Any) -> dict[str, Any]:
+    """``policy_kwargs`` as a checkpoint's JSON tells them: classes by name."""
+    kwargs = {
+        key: str(value) if isinstance(value, type) else value for key, value in model.policy_kwargs.items()
+    }
+    if type(model).__name__ == "ARS":
+        kwargs["squash_output"] = model.policy.squash_output
+    return kwargs
 
 
 def _find_stack(vec_env: Any) -> Any:

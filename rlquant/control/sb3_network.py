@@ -54,7 +54,7 @@ def build_network(
         actor, kind = builder.mlp_actor("actor.features_extractor", "actor.mu"), "tanh"
     else:
         actor = builder.mlp_actor("features_extractor", "action_net")
-        kind = _ars_head(action, policy_kwargs, tensors)
+        kind = _ars_head(action, policy_kwargs)
     head = Head(kind, action)
     _check_sizes(actor, head, observation, algorithm)
     return actor.eval().requires_grad_(False), head
@@ -132,8 +132,12 @@ class _Builder:
     def _lstm(self, prefix: str) -> nn.LSTM:
         state = {n[len(prefix) + 1 :]: t for n, t in self.tensors.items() if n.startswith(prefix + ".")}
         layers = sum(name.startswith("weight_ih_l") for name in state)
-        lstm = nn.LSTM(state["weight_ih_l0"].shape[1], state["weight_hh_l0"].shape[1], num_layers=layers)
-        lstm.load_state_dict(state)
+        sizes = state["weight_ih_l0"].shape[1], state["weight_hh_l0"].shape[1]
+        lstm = nn.LSTM(*sizes, num_layers=layers, bias="bias_ih_l0" in state)
+        try:
+            lstm.load_state_dict(state)
+        except RuntimeError:
+            raise InputError("this LSTM is bidirectional or projected, which rlquant cannot run") from None
         return lstm
 
     def _tensor(self, name: str, dims: int) -> Tensor:
@@ -188,7 +192,10 @@ def _activation(kwargs: dict[str, Any], default: str) -> type[nn.Module]:
     """The activation class named by ``policy_kwargs['activation_fn']``, printed as ``<class 'torch...Tanh'>``."""
     name = str(kwargs.get("activation_fn") or default).rstrip("'>").split(".")[-1]
     if name not in ACTIVATIONS:
-        raise InputError(f"the activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise InputError(
+            f"the activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}. If you trust the "
+            "file's author, repeat with --trust"
+        )
     extractor = str(kwargs.get("features_extractor_class") or "")
     if extractor and "stable_baselines3.common.torch_layers" not in extractor:
         raise InputError(f"this policy has a custom features extractor {extractor}; repeat with --trust")
@@ -201,12 +208,11 @@ def _actor_critic_head(action: Space, kwargs: dict[str, Any]) -> str:
     return {"discrete": "argmax", "multidiscrete": "multi_argmax", "multibinary": "threshold"}[action.kind]
 
 
-def _ars_head(action: Space, kwargs: dict[str, Any], tensors: _TENSORS) -> str:
+def _ars_head(action: Space, kwargs: dict[str, Any]) -> str:
     if action.kind == "discrete":
         return "argmax"
-    # A linear ARS policy has one layer and clips; an MLP one ends in tanh (sb3_contrib.ars.policies).
-    linear = sum(tensor.dim() == 2 for tensor in tensors.values()) == 1
-    return "tanh" if kwargs.get("squash_output", not linear) else "clip"
+    # A linear ARS policy clips; an MLP one ends in tanh (sb3_contrib.ars.policies).
+    return "tanh" if kwargs.get("squash_output", True) else "clip"
 
 
 def _average_quantiles(layer: nn.Module, actions: int) -> nn.Linear:

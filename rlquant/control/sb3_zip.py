@@ -74,7 +74,10 @@ class Checkpoint:
     def policy_kwargs(self) -> dict[str, Any]:
         """The plain fields of ``policy_kwargs``; classes appear as the text ``<class '...'>``."""
         kwargs = self.data.get("policy_kwargs")
-        return kwargs if isinstance(kwargs, dict) else {}
+        plain = dict(kwargs) if isinstance(kwargs, dict) else {}
+        if "Linear policy" in str(self.data["policy_class"].get("__doc__", "")):
+            plain.setdefault("squash_output", False)  # the default of ARS' linear policy
+        return plain
 
 
 # Fields that only one algorithm's checkpoint has, the more special first.
@@ -205,6 +208,6 @@ def _algorithm(path: Path, data: dict[str, Any]) -> str:
     ):
         return guess_by_fields(data)
     raise InputError(
-        f"{path}: the policy class comes from {module or 'an unknown module'}, which is not one of SB3's or "
-        f"sb3-contrib's ({', '.join(ALGORITHMS)}). If you trust its author, repeat with --trust"
+        f"{path}: the policy class comes from {module or 'an unknown module'}, which is not one of the "
+        f"supported algorithms' ({', '.join(ALGORITHMS)}). If you trust its author, repeat with --trust"
     )

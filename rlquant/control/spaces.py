@@ -76,6 +76,8 @@ class Space:
         if name == "Box":
             low, high = (tuple(np.asarray(b, np.float64).ravel().tolist()) for b in (space.low, space.high))
             return cls("box", tuple(space.shape), str(space.dtype), low, high)
+        if name == "Discrete" and space.start != 0:
+            raise InputError(f"a Discrete space that starts at {space.start} is not supported; SB3 has none")
         if name == "Discrete":
             return cls("discrete", (), "int64", sizes=(int(space.n),))
         if name == "MultiDiscrete":
@@ -152,27 +154,38 @@ def _parse_array(text: Any, shape: tuple[int, ...]) -> tuple[float, ...] | None:
 
 
 def _parse_dict_repr(text: str) -> dict[str, Space]:
-    """Parts of a printed ``Dict`` space: ``{'img': Box(0, 255, (3, 36, 36), uint8), 'd': Discrete(3)}``."""
-    number = r"[^()]*?"
-    pattern = (
-        rf"'(?P<key>[^']+)':\s*(?:Box\((?P<low>{number}),\s*(?P<high>{number}),\s*\((?P<shape>[\d, ]*)\),"
-        r"\s*(?P<dtype>\w+)\)|Discrete\((?P<n>\d+)\)|MultiBinary\((?P<bits>[^)]*)\)"
-        r"|MultiDiscrete\(\[(?P<nvec>[\d ]+)\][^)]*\))"
+    """Parts of a printed ``Dict`` space.
+
+    ``{'img': Box(0, 255, (3, 36, 36), uint8), 'd': Discrete(3)}``, or in old versions
+    ``OrderedDict([('img', Box([0. 0.], [1. 1.], (2,), float32))])``.
+    """
+    key = r"(?P<quote>['\"])(?P<key>.+?)(?P=quote)[:,]\s*"
+    box = r"Box\((?P<low>[^()]*?),\s*(?P<high>[^()]*?),\s*\((?P<shape>[\d, ]*)\),\s*(?P<dtype>\w+)\)"
+    discrete = r"Discrete\((?P<n>\d+)(?:, start=0)?\)"
+    others = r"MultiBinary\((?P<bits>[\d, ()\[\]]+?)\)|MultiDiscrete\(\[(?P<nvec>[\d, ]+)\][^)]*\)"
+    parts = {
+        match["key"]: _parse_part(match)
+        for match in re.finditer(rf"{key}(?:{box}|{discrete}|{others})", text)
+    }
+    named = re.findall(
+        r"(?<!\w)(?:Box|Discrete|MultiDiscrete|MultiBinary|Dict|Tuple|Text|Graph|Sequence)\(", text
     )
-    parts: dict[str, Space] = {}
-    for match in re.finditer(pattern, text):
-        numbers = {k: [int(n) for n in re.findall(r"\d+", match[k] or "")] for k in ("shape", "bits", "nvec")}
-        if match["n"]:
-            parts[match["key"]] = Space("discrete", (), "int64", sizes=(int(match["n"]),))
-        elif match["bits"]:
-            parts[match["key"]] = Space("multibinary", tuple(numbers["bits"]), "int8")
-        elif match["nvec"]:
-            sizes = tuple(numbers["nvec"])
-            parts[match["key"]] = Space("multidiscrete", (len(sizes),), "int64", sizes=sizes)
-        else:
-            shape = tuple(numbers["shape"])
-            low, high = _parse_array(match["low"], shape), _parse_array(match["high"], shape)
-            parts[match["key"]] = Space("box", shape, match["dtype"], low, high)
-    if not parts:
-        raise InputError("the checkpoint's Dict observation space cannot be read")
+    if not parts or len(parts) != len(named):
+        raise InputError(f"the checkpoint's Dict observation space cannot be read: {text[:200]}")
     return parts
+
+
+def _parse_part(match: re.Match[str]) -> Space:
+    if match["n"]:
+        return Space("discrete", (), "int64", sizes=(int(match["n"]),))
+    numbers = {
+        name: tuple(int(n) for n in re.findall(r"\d+", match[name] or ""))
+        for name in ("shape", "bits", "nvec")
+    }
+    if match["bits"]:
+        return Space("multibinary", numbers["bits"], "int8")
+    if match["nvec"]:
+        return Space("multidiscrete", (len(numbers["nvec"]),), "int64", sizes=numbers["nvec"])
+    shape = numbers["shape"]
+    low, high = _parse_array(match["low"], shape), _parse_array(match["high"], shape)
+    return Space("box", shape, match["dtype"], low, high)

@@ -56,15 +56,21 @@ def find_zoo_folder(path: Path) -> ZooFolder | None:
     checkpoint = path if path.is_file() else _checkpoint(folder, settings.name)
     config = _read_ordered(configs[0])
     args = _read_ordered(settings / "args.yml") if (settings / "args.yml").is_file() else {}
+    if config.get("vec_env_wrapper"):
+        raise InputError(
+            f"{configs[0]} asks for the vec_env_wrapper {config['vec_env_wrapper']}, which is unknown"
+        )
     env_kwargs = args.get("env_kwargs") or config.get("env_kwargs") or {}
     if isinstance(env_kwargs, str):
         env_kwargs = _literal_dict(env_kwargs, "env_kwargs")
+    if not isinstance(env_kwargs, dict):
+        raise InputError(f"{settings}: env_kwargs must be a mapping, not {env_kwargs!r}")
     return ZooFolder(
         checkpoint=checkpoint,
         env_id=str(args.get("env") or settings.name),
-        env_kwargs=dict(env_kwargs),
+        env_kwargs=env_kwargs,
         wrappers=_wrappers(config.get("env_wrapper")),
-        frame_stack=int(config.get("frame_stack") or 1),
+        frame_stack=_frame_stack(config.get("frame_stack"), configs[0]),
         normaliser=_normaliser(settings, config),
     )
 
@@ -103,9 +109,22 @@ def _wrappers(declared: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
         return ()
     found = []
     for item in declared if isinstance(declared, list) else [declared]:
-        name, kwargs = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+        pairs = list(item.items()) if isinstance(item, dict) else [(item, {})]
+        if len(pairs) != 1 or not isinstance(pairs[0][1] or {}, dict):
+            raise InputError(
+                f"env_wrapper {item!r} is neither a class nor a class with its keyword arguments"
+            )
+        name, kwargs = pairs[0]
         found.append((str(name).rsplit(".", 1)[-1], dict(kwargs or {})))
     return tuple(found)
+
+
+def _frame_stack(declared: Any, path: Path) -> int:
+    if declared is None:
+        return 1
+    if not isinstance(declared, int) or declared < 1:
+        raise InputError(f"{path}: frame_stack must be a whole number of at least 1, not {declared!r}")
+    return declared
 
 
 def _read_ordered(path: Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _interval_sentence(document: dict[str, Any], row: Row) -> str:
     settings, (low, high) = document["settings"], row["retention"]["ci"]
     if low is None or high is None:
         return ""
-    confidence = f"{100 * settings['confidence']:.4g}%"
+    confidence = f"{100 * settings.get('interval_confidence', settings['confidence']):.4g}%"
     return (
         f"Keeps {percent_text(low)} to {percent_text(high)} ({confidence} interval); "
         f"at least {100 * (1 - settings['margin']):.4g}% is asked for."
