@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import os
 import platform
-import runpy
 import sys
 import types
 import typing
@@ -23,6 +22,8 @@ import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
+from rlquant.control import EnvSpec
+from rlquant.control import make_env as make_from
 from rlquant.control.slim import save_actor
 
 AGENTS = Path(__file__).resolve().parent
@@ -32,10 +33,13 @@ SELECTION_SEED = 30_000  # episodes that choose the checkpoint; apart from the s
 
 def make_env(env_id: str) -> gym.Env[Any, Any]:
     """The environment that the card ``envs/<env_id>.yml`` describes."""
+    return make_from(env_spec(env_id))
+
+
+def env_spec(env_id: str) -> EnvSpec:
+    """What the card ``envs/<env_id>.yml`` says of making its environment."""
     card = yaml.safe_load((ENVS / f"{env_id}.yml").read_text())
-    if card["module"]:
-        runpy.run_path(str(ENVS / card["module"]))
-    return gym.make(card["make"]["id"], **card["make"]["kwargs"])
+    return EnvSpec(card["make"]["id"], card["make"]["kwargs"])
 
 
 def play(model: BaseAlgorithm, env: gym.Env[Any, Any], seed: int) -> float:

@@ -22,8 +22,10 @@ import sb3_contrib
 import stable_baselines3
 import torch
 import yaml
-from common import AGENTS, ENVS, make_env, play, write_card, write_yaml
+from common import AGENTS, ENVS, env_spec, make_env, play, write_card, write_yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
+
+from rlquant.control.environment import random_scores
 
 AGENT_SEED, AGENT_EPISODES = 10_000, 100
 RANDOM_SEED, RANDOM_EPISODES = 20_000, 1000
@@ -47,18 +49,8 @@ def agent_returns(name: str, seeds: list[int]) -> list[float]:
 
 def random_returns(env_id: str, seeds: list[int]) -> list[float]:
     """The return of each episode of uniformly random actions; a seed starts both actions and environment."""
-    env = make_env(env_id)
-    returns = []
-    for seed in seeds:
-        env.action_space.seed(seed)
-        env.reset(seed=seed)
-        total, done = 0.0, False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            total += float(reward)
-            done = terminated or truncated
-        returns.append(total)
-    return returns
+    spec = env_spec(env_id)
+    return [float(random_scores(spec, 1, seed)[0]) for seed in seeds]
 
 
 def spread(returns: Callable[[list[int]], list[float]], seeds: list[int], processes: int) -> np.ndarray:

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from gymnasium.utils.env_checker import check_env
 
+from rlquant.control import EnvSpec, make_env
+
 ENVS = Path(__file__).resolve().parent.parent / "envs"
 CARDS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(ENVS.glob("*.yml"))}
 KEYS = {
@@ -33,18 +35,7 @@ def run_module(name: str) -> ModuleType:
 def make(card: dict) -> gym.Env:
     if card["requires"] == "mujoco":
         pytest.importorskip("mujoco")
-    if card["module"]:
-        run_module(card["module"])
-    if ":" in card["make"]["id"]:
-        pytest.importorskip(card["make"]["id"].partition(":")[0])
-    try:
-        return gym.make(card["make"]["id"], **card["make"]["kwargs"])
-    except AssertionError as error:  # raised inside the package, before any environment exists
-        if "gymnasium_robotics" in card["make"]["id"]:
-            pytest.skip(
-                f"the installed gymnasium-robotics does not work with the installed mujoco: {error!r}"
-            )
-        raise
+    return make_env(EnvSpec(card["make"]["id"], card["make"]["kwargs"]))
 
 
 def test_the_cards_are_there() -> None:
