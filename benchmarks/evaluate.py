@@ -50,7 +50,9 @@ def stock(name: str, cls: Any, episodes: int) -> tuple[float, list[float]]:
     started = time.perf_counter()
     env = Monitor(SeededEpisodes(gym.make(catalog.agent_card(name)["env"])))
     model = cls.load(catalog.agent_folder(name) / "agent.zip", device="cpu")
-    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True, warn=False)
+    returns, _ = evaluate_policy(
+        model, env, n_eval_episodes=episodes, return_episode_rewards=True, warn=False
+    )
     return time.perf_counter() - started, returns
 
 
@@ -84,7 +86,9 @@ def run(repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
