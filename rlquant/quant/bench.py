@@ -151,12 +151,15 @@ class Bench:
 
     def consumer_groups(self) -> list[tuple[Link | None, list[Twin]]]:
         """The layers whose inputs can be scaled: consumers of a link together, every other one by itself."""
-        linked = [(link, [self.twins[name] for name in link.consumers]) for link in self.links]
-        inside = {twin.name for _, twins in linked for twin in twins}
-        alone = [
-            (None, [twin]) for name, twin in self.twins.items() if name not in inside and twin.rescalable
-        ]
-        return [*linked, *alone]
+        groups: list[tuple[Link | None, list[Twin]]] = []
+        links = {name: link for link in self.links for name in link.consumers}
+        for name, twin in self.twins.items():
+            link = links.get(name)
+            if link is None and twin.rescalable:
+                groups.append((None, [twin]))
+            elif link is not None and name == link.consumers[0]:
+                groups.append((link, [self.twins[each] for each in link.consumers]))
+        return groups
 
     def channels(self, link: Link | None, twins: list[Twin]) -> int:
         """How many factors a group of :meth:`consumer_groups` takes."""

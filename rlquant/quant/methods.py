@@ -19,14 +19,20 @@ from torch import Tensor
 
 from rlquant.errors import InputError, unknown_name
 from rlquant.quant.affine import QParams
+from rlquant.quant.awq import awq
 from rlquant.quant.bench import Bench
 from rlquant.quant.bias import correct_bias_
+from rlquant.quant.cle import cle
+from rlquant.quant.clip import clip
 from rlquant.quant.gptq import gptq
+from rlquant.quant.hqq import hqq
 from rlquant.quant.kinds import MatrixNames
 from rlquant.quant.layers import QuantizedLayer
-from rlquant.quant.moments import InputMoments
+from rlquant.quant.moments import SAMPLE_ROWS, InputMoments
 from rlquant.quant.nearest import round_to_nearest, round_with_best_range
+from rlquant.quant.outlier import split_outliers
 from rlquant.quant.scheme import Scheme
+from rlquant.quant.smoothquant import smoothquant
 
 __all__ = ["METHODS", "Finisher", "Method", "Rule", "Transform", "get_method"]
 
@@ -90,7 +96,13 @@ Part = Transform | Rule | Finisher
 METHODS: dict[str, Part] = {
     "rtn": Rule(round_to_nearest),
     "mse": Rule(round_with_best_range, can=has_scales),
+    "clip": Rule(clip, sample=SAMPLE_ROWS, can=has_scales),
+    "hqq": Rule(hqq, can=has_scales),
     "gptq": Rule(gptq, gram=True),
+    "cle": Transform(cle, needs_inputs=False, can=any_scheme),
+    "smoothquant": Transform(smoothquant, can=has_activations),
+    "awq": Transform(awq, rule="clip"),
+    "outlier": Transform(split_outliers),
     "bias": Finisher(correct_bias_),
 }
 

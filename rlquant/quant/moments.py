@@ -20,7 +20,7 @@ SAMPLE_ROWS = 512
 class InputMoments:
     """Statistics of the input rows of one weight matrix, in blocks as :func:`input_rows` gives them.
 
-    - ``count``: rows seen; ``mean``, ``abs_mean``, ``abs_max``: ``[blocks, columns]``
+    - ``count``: rows seen; ``mean``, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks, columns]``
     - ``gram``: float64 ``[blocks, columns, columns]``, the mean of ``x x^T``; only where asked for
     - ``rows``: float32 ``[blocks, m, columns]``, a sample of at most ``SAMPLE_ROWS``; only where asked for
     """
@@ -29,7 +29,7 @@ class InputMoments:
         self.count = 0
         self._wants_gram = gram
         self._sample = Reservoir(sample) if sample else None
-        self._sum = self._abs_sum = self.abs_max = torch.zeros(())
+        self._sum = self._abs_sum = self._square_sum = self.abs_max = torch.zeros(())
         self._gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
@@ -38,12 +38,14 @@ class InputMoments:
         if rows.shape[1] == 0:
             return
         if self.count == 0:
-            self._sum = self._abs_sum = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float64)
+            zeros = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float64)
+            self._sum = self._abs_sum = self._square_sum = zeros
             self.abs_max = rows.new_zeros(rows.shape[0], rows.shape[2])
         self.count += rows.shape[1]
         magnitude = rows.abs()
         self._sum = self._sum + rows.sum(dim=1, dtype=torch.float64)
         self._abs_sum = self._abs_sum + magnitude.sum(dim=1, dtype=torch.float64)
+        self._square_sum = self._square_sum + rows.square().sum(dim=1, dtype=torch.float64)
         self.abs_max = torch.maximum(self.abs_max, magnitude.amax(dim=1))
         if self._wants_gram:
             # Chunks multiply in float32 and add up in float64: damping is 1e4 times the rounding.
@@ -63,7 +65,8 @@ class InputMoments:
         one.count = self.count
         if self.count:
             part = slice(index, index + 1)
-            one._sum, one._abs_sum, one.abs_max = self._sum[part], self._abs_sum[part], self.abs_max[part]
+            one._sum, one._abs_sum = self._sum[part], self._abs_sum[part]
+            one._square_sum, one.abs_max = self._square_sum[part], self.abs_max[part]
             one._gram = None if self._gram is None else self._gram[part]
             if self._sample is not None:
                 one._sample = Reservoir(self._sample.size)
@@ -79,6 +82,11 @@ class InputMoments:
     def abs_mean(self) -> Tensor:
         """Mean magnitude of each column, float64 ``[blocks, columns]``."""
         return self._abs_sum / max(1, self.count)
+
+    @property
+    def square_mean(self) -> Tensor:
+        """Mean square of each column, float64 ``[blocks, columns]``."""
+        return self._square_sum / max(1, self.count)
 
     @property
     def gram(self) -> Tensor:
