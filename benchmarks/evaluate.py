@@ -10,6 +10,7 @@ seed. The two take turns, and the ratio of the medians is reported, so that a no
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
 import time
@@ -81,7 +82,14 @@ def run(repeats: int) -> dict[str, Any]:
                 "target": TARGET,
             }
         )
-    return {"rows": rows, "repeats": repeats, "machine": machine_info(), "versions": package_versions()}
+    today = datetime.date.today().isoformat()
+    return {
+        "date": today,
+        "rows": rows,
+        "repeats": repeats,
+        "machine": machine_info(),
+        "versions": package_versions(),
+    }
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class MaskFeatures(gym.ObservationWrapper):
     def __init__(self, env: gym.Env, features: list[int]) -> None:
         super().__init__(env)
         assert env.observation_space.shape is not None
-        self._shown = np.ones(env.observation_space.shape, env.observation_space.dtype)  # type: ignore[arg-type]
+        self._shown = np.ones(env.observation_space.shape, env.observation_space.dtype)
         self._shown[features] = 0
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
@@ -55,10 +55,10 @@ class History(gym.Wrapper):
         assert isinstance(seen, gym.spaces.Box)
         assert isinstance(taken, gym.spaces.Box)
         low, high = (
-            np.concatenate([np.repeat(getattr(seen, b), horizon), np.repeat(getattr(taken, b), horizon)])
+            np.concatenate([np.tile(getattr(seen, b), horizon), np.tile(getattr(taken, b), horizon)])
             for b in ("low", "high")
         )
-        self.observation_space = gym.spaces.Box(low, high, dtype=seen.dtype)  # type: ignore[arg-type]
+        self.observation_space = gym.spaces.Box(low, high, dtype=seen.dtype)
         self._observations = np.zeros(low.size - taken.shape[0] * horizon, seen.dtype)
         self._actions = np.zeros(taken.shape[0] * horizon, taken.dtype)
 
