@@ -28,10 +28,10 @@ demo: $(VENV)/.base
 	$(BIN)/rlquant evaluate ppo-lunarlander --episodes 100 --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 check: format-check lint types imports
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n auto -m "not gpu"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -84,6 +84,44 @@ class Agent:
         action: np.ndarray = Session(self, rows=1, tile=1).act(batch_of_one(observation), np.ones(1, bool))[0]
         return action
 
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions as SB3's ``predict`` returns them, so that ``evaluate_policy(agent, env)`` works.
+
+        Give it what the environment shows: the agent brings its own normaliser and frame stack.
+
+        Args:
+            observation: one observation, or a batch ``[n, *shape]`` (a dict of them by key).
+            state: what the last call returned; None at the beginning.
+            episode_start: bool ``[n]``: where an episode begins; its memory is cleared.
+            deterministic: must be True; what is deployed does not explore.
+
+        Returns:
+            The action or actions, and the state for the next call.
+
+        Raises:
+            InputError: ``deterministic`` is False.
+        """
+        from rlquant.control.session import Session, batch_of_one
+
+        if not deterministic:
+            raise InputError("a deployed agent acts deterministically; call predict(..., deterministic=True)")
+        key, part = next(iter(self.parts.items()))
+        shown = np.asarray(observation[key] if isinstance(observation, dict) else observation)
+        single = shown.ndim == len(part.space.shape)
+        batch = batch_of_one(observation) if single else observation
+        rows = 1 if single else len(shown)
+        session = state if isinstance(state, Session) else Session(self, rows, tile=rows)
+        if episode_start is None or session is not state:
+            episode_start = np.full(rows, session is not state)
+        actions = session.act(batch, np.asarray(episode_start, bool))
+        return (actions[0] if single else actions), session
+
     @classmethod
     def from_module(
         cls,

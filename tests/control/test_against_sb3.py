@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from sb3_models import MODELS, env_id, vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from rlquant.control import Session, from_sb3, load
+from rlquant import catalog
+from rlquant.control import Session, from_sb3, load, make_env
 from rlquant.control.agent import Agent
+from rlquant.control.trusted import sb3_class
 
 
 def shake(model: Any) -> None:
@@ -88,6 +92,19 @@ def test_normaliser_and_frame_stack_act_as_in_training(name: str, stack: int, tm
         np.testing.assert_allclose(session.act(raw, start), expected, rtol=0, atol=1e-5)
         shown, _, _, _ = venv.step(expected)
         start = np.zeros(1, bool)
+
+
+@pytest.mark.parametrize("name", ["ppo-lunarlander", "recurrentppo-cartpole"])
+def test_stock_evaluate_policy_takes_an_agent(name: str) -> None:
+    agent = load(name)
+    model = sb3_class(agent.algorithm).load(catalog.agent_folder(name) / "agent.zip", device="cpu")
+    returns = []
+    for policy in (agent, model):
+        venv = DummyVecEnv([lambda: make_env(agent.env)] * 2)
+        venv.seed(5)
+        found, _ = evaluate_policy(policy, venv, n_eval_episodes=4, return_episode_rewards=True, warn=False)
+        returns.append(found)
+    np.testing.assert_allclose(*returns, rtol=1e-4)
 
 
 def test_frame_stack_forgets_at_the_start_of_an_episode() -> None:
