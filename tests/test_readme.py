@@ -13,12 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in BLOCKS
-    for line in block.splitlines()
-    if line.startswith("rlquant ")
-]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("rlquant ")]
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -29,7 +24,7 @@ def test_the_commands_work(
     monkeypatch.chdir(tmp_path)  # in order: later commands may use what earlier ones wrote
     assert COMMANDS
     for command in COMMANDS:
-        done = rlquant(*shlex.split(command)[1:])
+        done = rlquant(*shlex.split(command, comments=True)[1:])
         assert done.status == 0, (command, done.err)
 
 

@@ -90,6 +90,7 @@ def test_a_loss_is_found(zoo: Path) -> None:
     assert rows[1]["agreement"]["q_gap"]["may_flip"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_half_way_finishes_with_the_same_results(tmp_path: Path) -> None:
     def start(folder: Path) -> subprocess.Popen[bytes]:
         command = ["evaluate", "ppo-cartpole", "--precisions", "int8,w8a8,int4,w4a8", "--episodes", "60"]
@@ -113,6 +114,7 @@ def test_a_run_killed_half_way_finishes_with_the_same_results(tmp_path: Path) ->
     assert "report.html" in {path.name for path in killed.iterdir()}
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_kept(tmp_path: Path) -> None:
     for episodes in ("2", "3"):
         command = ["evaluate", "ppo-cartpole", "--precisions", "int8", "--episodes", episodes]
