@@ -65,6 +65,8 @@ def run_evaluate(options: EvaluateOptions) -> None:
         device=_device(options.device),
     )
     settings.schemes()  # a misspelt precision is reported before anything is loaded
+    for pair in settings.left_out():
+        sys.stderr.write(f"rlquant: {pair}; left out\n")
     for name, count in (("--workers", options.workers), ("--batch", options.batch)):
         if count < 1:
             raise InputError(f"{name} must be at least 1, not {count}")
@@ -123,9 +125,10 @@ def run_quantize(
 
     from rlquant.control import Settings, collect, load, quantize_agent, save_artifact
     from rlquant.control.collect import CALIBRATION_SEED
-    from rlquant.quant import Scheme, get_method, weight_bytes
+    from rlquant.control.methods import parse_method
+    from rlquant.quant import Scheme, weight_bytes
 
-    scheme, chosen = Scheme.parse(scheme_name), get_method(method)
+    scheme, chosen = Scheme.parse(scheme_name), parse_method(method)
     Settings(seed=seed, calibration_episodes=calibration_episodes)  # the same limits as in an evaluation
     agent = load(source, env=env, normaliser=normaliser, trust=trust)
     if agent.precision != "fp32":
@@ -133,7 +136,7 @@ def run_quantize(
             f"{source} is quantized to {agent.precision} already; quantize the agent it was made from"
         )
     inputs = None
-    if scheme.needs_calibration or scheme.activations is not None or chosen.needs_calibration:
+    if scheme.activations is not None or chosen.needs_inputs:
         inputs = collect(agent, calibration_episodes, seed=seed + CALIBRATION_SEED)
     quantized = quantize_agent(agent, scheme, method=method, inputs=inputs)
     total = save_artifact(quantized, out)

@@ -82,7 +82,8 @@ def _recipes() -> None:
 
 
 def _schemes() -> None:
-    from rlquant.quant import METHODS, OBSERVERS, SCHEME_EXAMPLES, Scheme, scheme_choices
+    from rlquant.control.methods import AGENT_METHODS
+    from rlquant.quant import OBSERVERS, SCHEME_EXAMPLES, Scheme, scheme_choices
 
     rows = []
     for name in scheme_choices():
@@ -93,9 +94,8 @@ def _schemes() -> None:
         rows.append([name, scheme.weights.name, activations, per if scheme.weights.is_scaled else "-"])
     _print_table(["scheme", "weights", "activations", "scale per"], rows)
     print(f"\nwXaY takes 2 to 16 bits each, as in {', '.join(SCHEME_EXAMPLES)}.")
-    print(
-        f"Suffixes: -gN -tensor -asym -dynamic and an observer ({', '.join(OBSERVERS)}). Methods: {', '.join(METHODS)}."
-    )
+    print(f"Suffixes: -gN -tensor -asym -dynamic and an observer ({', '.join(OBSERVERS)}).")
+    print(f"Methods, which combine with +, as in center+gptq+bias: {', '.join(AGENT_METHODS)}.")
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:

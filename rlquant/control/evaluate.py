@@ -16,6 +16,7 @@ from rlquant import catalog
 from rlquant.control.agent import Agent
 from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect
 from rlquant.control.environment import random_scores
+from rlquant.control.methods import parse_method
 from rlquant.control.profile import Profiler
 from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool, rollout
@@ -38,7 +39,7 @@ class Settings:
 
     Attributes:
         precisions: scheme names; fp32 is always evaluated, as the reference.
-        methods: names of ``rlquant.quant.METHODS``; each precision is tried with each.
+        methods: see :func:`~rlquant.control.methods.parse_method`; each precision is tried with each.
         episodes: number ``i`` starts with ``env.reset(seed=seed + i)``.
         seed: of the first episode.
         margin: share of the reward that may be lost.
@@ -79,19 +80,37 @@ class Settings:
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
         for method in self.methods:
-            get_method(method)
+            parse_method(method)
 
     @property
     def interval_confidence(self) -> float:
         """Of one retention interval: a sequential run divides its error among its looks."""
         return 1 - (1 - self.confidence) / (LOOKS if self.sequential else 1)
 
+    def left_out(self) -> list[str]:
+        """Which method cannot do which scheme, where another does it."""
+        return [
+            f"{method} cannot do {scheme.name}"
+            for scheme in map(Scheme.parse, self.precisions)
+            for method in self.methods
+            if not scheme.is_identity and not parse_method(method).can(scheme)
+        ]
+
     def schemes(self) -> list[tuple[Scheme, str]]:
-        """(scheme, method) of each row: fp32 first, then in the order given, none twice."""
+        """(scheme, method) of each row: fp32 first, then in the order given, none twice.
+
+        Raises:
+            InputError: a scheme is unknown, or none of the methods can do it.
+        """
         rows = [(Scheme.parse("fp32"), "none")]
         for name in self.precisions:
             scheme = Scheme.parse(name)
-            rows += [(scheme, "none" if scheme.is_identity else method) for method in self.methods]
+            able = [method for method in self.methods if parse_method(method).can(scheme)]
+            if scheme.is_identity:
+                able = ["none"]
+            elif not able:
+                get_method(parse_method(self.methods[0]).layers).check(scheme)
+            rows += [(scheme, method) for method in able]
         return list(dict.fromkeys(rows))
 
 
@@ -206,7 +225,7 @@ class Evaluation:
     def _quantized(self, scheme: Scheme, method: str) -> Agent:
         if scheme.is_identity:
             return self.agent
-        needs_inputs = scheme.activations is not None or get_method(method).needs_calibration
+        needs_inputs = scheme.activations is not None or parse_method(method).needs_inputs
         inputs = self._inputs() if needs_inputs else None
         return quantize_agent(self.agent, scheme, method=method, inputs=inputs)
 
@@ -271,7 +290,10 @@ class Evaluation:
             row.profile = profiler.profile(row.agent, row.scheme)
             if not (row.artifact or row.scheme.is_identity):
                 # An artifact does not say which float network it was made from.
-                row.profile["weights"] = profiler.histograms(row.agent, row.scheme, calibration)
+                center = parse_method(row.method).center
+                row.profile["weights"] = profiler.histograms(
+                    row.agent, row.scheme, calibration, center=center
+                )
             self._keep_row(row)
 
     def _retention(

@@ -55,15 +55,19 @@ class Profiler:
             "latency_us": plain(self._latency(agent, simulated=not scheme.is_identity)),
         }
 
-    def histograms(self, agent: Agent, scheme: Scheme, calibration: Inputs | None) -> list[dict[str, Any]]:
+    def histograms(
+        self, agent: Agent, scheme: Scheme, calibration: Inputs | None, *, center: bool
+    ) -> list[dict[str, Any]]:
         """Plain JSON: a histogram per quantized weight, before and after.
 
         Args:
             agent: the quantized agent.
             scheme: what it was quantized to.
             calibration: the inputs that it was quantized with, if any.
+            center: whether its head was centred.
         """
-        before = float_twin(self.reference.actor.cpu(), scheme, calibration)
+        self.reference.actor.cpu()
+        before = float_twin(self.reference, scheme, calibration, center=center)
         return list(plain(weight_histograms(before, agent.actor.cpu())))
 
     def _agreement(self, agent: Agent) -> Agreement:

@@ -9,6 +9,7 @@ arithmetic. One grid for ``x'`` is then one grid per feature of ``x``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,17 +19,27 @@ from rlquant.control.actor import Actor, FeatureMap
 from rlquant.control.agent import Agent
 from rlquant.control.collect import Inputs
 from rlquant.control.input_bits import apply_scheme_
+from rlquant.control.methods import parse_method
+from rlquant.errors import InputError
 from rlquant.measure import WeightHistogram, weight_histogram
 from rlquant.quant import (
     QuantizedWeight,
     Scheme,
+    center_head_,
     qparams_from_range,
     quantizable,
     quantize_,
     sqnr_db,
 )
 
-__all__ = ["float_twin", "fold_observation_ranges_", "quantize_agent", "use_whole_grid", "weight_histograms"]
+__all__ = [
+    "float_twin",
+    "fold_features_",
+    "fold_observation_ranges_",
+    "quantize_agent",
+    "use_whole_grid",
+    "weight_histograms",
+]
 
 OBSERVATION_HEADROOM = 0.125
 """Widens each feature's calibrated range on both sides by this share: episodes differ in how far they go."""
@@ -42,34 +53,73 @@ def quantize_agent(
     Args:
         agent: an fp32 agent.
         scheme: what weights and activations become.
-        method: a name of ``rlquant.quant.METHODS``.
+        method: see :func:`~rlquant.control.methods.parse_method`.
         inputs: on-policy calibration inputs; needed where activations are quantized.
 
     Raises:
-        InputError: the scheme needs inputs and there are none, or nothing can be quantized.
+        InputError: inputs are needed and there are none, nothing can be quantized, or the method does not
+            fit the scheme or the head.
     """
-    actor = float_twin(agent.actor, scheme, inputs)
+    parsed = parse_method(method)
+    actor = float_twin(agent, scheme, inputs, center=parsed.center)
     calibration = inputs.batches() if inputs is not None else None
     apply_scheme_(
         actor,
         scheme,
-        lambda module, part, skip: quantize_(module, part, method=method, calibration=calibration, skip=skip),
+        lambda module, part, skip: quantize_(
+            module, part, method=parsed.layers, calibration=calibration, skip=skip
+        ),
     )
     if scheme.needs_calibration:
         use_whole_grid(actor)
     return agent.with_actor(actor, scheme.name, "none" if scheme.is_identity else method)
 
 
-def float_twin(actor: Actor, scheme: Scheme, inputs: Inputs | None) -> Actor:
-    """The fp32 network that is quantized: a copy, with observation ranges folded in where that helps."""
-    twin = copy.deepcopy(actor)
+def float_twin(agent: Agent, scheme: Scheme, inputs: Inputs | None, *, center: bool = False) -> Actor:
+    """The fp32 network that is quantized: a copy, with observation ranges folded in where that helps.
+
+    Args:
+        agent: an fp32 agent.
+        scheme: ranges are folded where it quantizes activations.
+        inputs: on-policy inputs, for the ranges.
+        center: centre the head, see :mod:`~rlquant.control.methods`.
+
+    Raises:
+        InputError: the head to be centred is no argmax over a Linear.
+    """
+    twin = copy.deepcopy(agent.actor)
     if scheme.activations is not None and inputs is not None:
         fold_observation_ranges_(twin, inputs.parts)
+    if center:
+        linear = [module for module in twin.modules() if isinstance(module, nn.Linear)]
+        if agent.head.kind != "argmax" or not linear:
+            raise InputError(
+                f"'center' is exact for an argmax head only; this agent has a {agent.head.kind} head"
+            )
+        center_head_(linear[-1])
     return twin
 
 
 def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
-    """Map each feature to [0, 1] in place and let the first layer absorb the inverse.
+    """Map each feature to [0, 1] in place, by its range with some headroom; see :func:`fold_features_`.
+
+    Args:
+        actor: the network.
+        parts: calibration inputs ``[n, *shape]`` by key.
+    """
+
+    def unit_range(features: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = features.amin(0), features.amax(0)
+        margin = OBSERVATION_HEADROOM * (high - low)
+        return low - margin, high - low + 2 * margin
+
+    fold_features_(actor, parts, unit_range)
+
+
+def fold_features_(
+    actor: Actor, parts: dict[str, Tensor], choose: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    """Map each feature ``x`` to ``(x - low) / span`` in place and let the first layer absorb the inverse.
 
     Only observation parts that reach the first layer as they are (flattened, no CNN) are mapped. A network
     whose first layer is not a Linear or an LSTM/GRU is left alone.
@@ -77,6 +127,8 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
     Args:
         actor: the network.
         parts: calibration inputs ``[n, *shape]`` by key.
+        choose: from features ``[n, features]`` to ``low`` and ``span``, ``[features]`` each; a span of zero
+            becomes one.
     """
     first = actor.rnn if actor.rnn is not None else _first_layer(actor.trunk)
     if first is None:
@@ -92,9 +144,7 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
             for layer in encoder.modules()
             if not _is_container(layer)
         ):
-            low, high = features.amin(0), features.amax(0)
-            margin = OBSERVATION_HEADROOM * (high - low)
-            low, span = low - margin, high - low + 2 * margin
+            low, span = choose(features)
             span = torch.where(span > 0, span, torch.ones_like(span))
             actor.set_encoder(key, nn.Sequential(nn.Flatten(), FeatureMap(low, span)))
             _absorb(first, slice(column, column + width), low, span)

@@ -17,9 +17,19 @@ from hypothesis import strategies as st
 from sb3_models import MODELS, env_id, vec_env
 from torch import nn
 
-from rlquant.control import Agent, Normaliser, Session, collect, from_sb3, load, quantize_agent, save_artifact
+from rlquant.control import (
+    Agent,
+    Normaliser,
+    Session,
+    collect,
+    from_sb3,
+    load,
+    quantize_agent,
+    rollout,
+    save_artifact,
+)
 from rlquant.control.actor import Actor
-from rlquant.control.quantize import fold_observation_ranges_
+from rlquant.control.quantize import float_twin, fold_observation_ranges_
 from rlquant.errors import InputError
 from rlquant.quant import QuantizedLayer, Scheme
 
@@ -176,3 +186,41 @@ def test_one_action_at_a_time_needs_no_memory(zoo: Path) -> None:
     with pytest.raises(InputError, match="has memory"):
         agent.act(np.zeros(5, np.float32))
     assert Session(agent, rows=1).act(np.zeros((1, 5), np.float32), np.ones(1, bool)).shape == (1, 2)
+
+
+def test_centring_an_argmax_head_changes_no_action_and_wins_back_bits(zoo: Path) -> None:
+    agent = load(zoo / "dqn/CartPole-v1_1")
+    scheme = Scheme.parse("int6-g32")
+    inputs = collect(agent, 4, seed=1)
+    centred = float_twin(agent, scheme, None, center=True)
+    expected = inputs.outputs(agent.actor)
+    np.testing.assert_array_equal(inputs.outputs(centred).argmax(1), expected.argmax(1))
+
+    def score(method: str) -> float:
+        return float(rollout(quantize_agent(agent, scheme, method=method), range(10), seed=0).returns.mean())
+
+    assert score("center") > 450 > score("rtn")
+    with pytest.raises(InputError, match="exact for an argmax head only"):
+        quantize_agent(load("sac-pendulum"), scheme, method="center")
+
+
+def test_methods_are_compared_and_what_cannot_be_done_is_left_out(
+    rlquant: Callable[..., Any], tmp_path: Path
+) -> None:
+    budget = ("--precisions", "int4,w4a8", "--episodes", 2, "--out", tmp_path)
+    done = rlquant("evaluate", "ppo-cartpole", "--methods", "rtn,center+gptq+bias,smoothquant", *budget)
+    assert done.status == 0
+    assert "smoothquant cannot do int4; left out" in done.err
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["precision"], row["method"]) for row in rows] == [
+        ("fp32", "none"),
+        ("int4", "rtn"),
+        ("int4", "center+gptq+bias"),
+        ("w4a8", "rtn"),
+        ("w4a8", "center+gptq+bias"),
+        ("w4a8", "smoothquant"),
+    ]
+    none = rlquant("evaluate", "ppo-cartpole", "--method", "smoothquant", *budget)
+    assert none.status == 2
+    assert "cannot do int4" in none.err
+    assert rlquant("evaluate", "ppo-cartpole", "--method", "gtpq", *budget).status == 2
