@@ -10,7 +10,7 @@
 """
 
 from rlquant.quant.affine import QParams, dequantize, fake_quantize, qparams_from_range, quantize
-from rlquant.quant.bench import Bench, CalibrationWarning
+from rlquant.quant.bench import Bench
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
 from rlquant.quant.kinds import empty_layer
@@ -18,6 +18,7 @@ from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
 from rlquant.quant.moments import InputMoments
+from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.observers import Observer, weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
 from rlquant.quant.ptq import prepare_empty_, quantizable, quantize_

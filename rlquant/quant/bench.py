@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlquant.quant.calibrate import Calibration, InputStatistic, run_calibration
+from rlquant.quant.calibrate import Calibration, InputStatistic, Pass, run_passes
 from rlquant.quant.kinds import MatrixNames
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.moments import LayerMoments
 from rlquant.quant.rewrites import Link, channel_view, find_links, fold_scale_, scale_inputs_
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["Bench", "CalibrationWarning", "Twin"]
-
-
-class CalibrationWarning(UserWarning):
-    """The calibration did not suffice for a method; the message names the layer and what was done instead."""
+__all__ = ["Bench", "Twin"]
 
 
 class Twin:
@@ -69,11 +65,13 @@ class Twin:
             x = x.index_fill(self.channel_dim, self.outliers, 0.0)
         return x
 
-    def __call__(self, x: Tensor, *rest: Any) -> Any:
-        """The output in the layer's present state."""
-        if self.quantized is not None:
-            return self.quantized(x, *rest)
+    def float_output(self, x: Tensor, *rest: Any) -> Any:
+        """The output of the rewritten float layer."""
         return self.layer(self.entering(x, outliers=True), *rest)
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        """The output of the quantized layer, or of the float one as long as there is none."""
+        return self.float_output(x, *rest) if self.quantized is None else self.quantized(x, *rest)
 
     def weight(self, names: MatrixNames) -> Tensor:
         """The float weight that is rounded: outlier channels are zero in it."""
@@ -90,9 +88,9 @@ class Twin:
             quantized.outlier_weight = columns.to(torch.float16)
 
     @property
-    def is_original(self) -> bool:
-        """Whether the layer itself gives the same output."""
-        return self.quantized is None and self.layer is self.original and self.input_scale is None
+    def rewritten(self) -> bool:
+        """Whether the float layer is another than at first."""
+        return self.layer is not self.original or self.input_scale is not None
 
 
 class Bench:
@@ -114,7 +112,11 @@ class Bench:
     @property
     def originals(self) -> dict[str, nn.Module]:
         """The layers of the module that have a twin, norms included."""
-        return {name: twin.original for name, twin in {**self.twins, **self.norms}.items()}
+        return {name: twin.original for name, twin in self._all.items()}
+
+    @property
+    def _all(self) -> dict[str, Twin]:
+        return {**self.twins, **self.norms}
 
     def finished(self, name: str) -> nn.Module:
         """What takes the place of a layer in the end: the quantized layer, or a rewritten norm."""
@@ -127,25 +129,34 @@ class Bench:
             self.calibration = list(self.calibration)
 
     def observe(self, statistics: Mapping[str, list[InputStatistic]]) -> None:
-        """One pass of the calibration data; each statistic sees what enters its layer, scaled and masked."""
+        """One pass of the float network; each statistic sees what enters its layer, scaled and masked."""
         assert self.calibration is not None
-        twins = {**self.twins, **self.norms}
-        seen: dict[str, list[InputStatistic]] = {
+        run_passes(self.module, self.calibration, self.originals, [self._float_pass(statistics)])
+
+    def observe_beside_float(self, moments: Mapping[str, LayerMoments]) -> None:
+        """One pass of the partly quantized network, each batch beside the same batch in the float network."""
+        assert self.calibration is not None
+        references: dict[str, list[InputStatistic]] = {
+            name: [_Reference(part)] for name, part in moments.items()
+        }
+        statistics: dict[str, list[InputStatistic]] = {name: [part] for name, part in moments.items()}
+        now = {name: twin for name, twin in self._all.items() if twin.rewritten or twin.quantized is not None}
+        passes = [self._float_pass(references), Pass(self._entering(statistics), now)]
+        nothing_quantized = all(twin.quantized is None for twin in self.twins.values())
+        run_passes(self.module, self.calibration, self.originals, passes[1:] if nothing_quantized else passes)
+
+    def _float_pass(self, statistics: Mapping[str, list[InputStatistic]]) -> Pass:
+        rewritten = {name: twin.float_output for name, twin in self._all.items() if twin.rewritten}
+        return Pass(self._entering(statistics), rewritten)
+
+    def _entering(self, statistics: Mapping[str, list[InputStatistic]]) -> dict[str, list[InputStatistic]]:
+        return {
             name: [_Entering(self.twins[name], part) for part in parts] for name, parts in statistics.items()
         }
-        stand_ins = {name: twin for name, twin in twins.items() if not twin.is_original}
-        run_calibration(self.module, self.calibration, self.originals, seen, stand_ins)
 
-    def moments(
-        self, names: Iterable[str], *, gram: bool = False, sample: int = 0
-    ) -> dict[str, LayerMoments]:
-        """Moments of what enters some layers, gathered in one pass."""
-        gathered = {}
-        for name in names:
-            twin = self.twins[name]
-            gathered[name] = LayerMoments(
-                name, twin.layer, gram=gram, sample=sample, quantized=twin.quantized
-            )
+    def moments(self, names: Iterable[str], *, sample: int = 0) -> dict[str, LayerMoments]:
+        """Moments of what enters some layers in the float network, gathered in one pass."""
+        gathered = {name: LayerMoments(name, self.twins[name].layer, sample=sample) for name in names}
         self.observe({name: [part] for name, part in gathered.items()})
         return gathered
 
@@ -199,3 +210,13 @@ class _Entering:
 
     def observe(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         self.statistic.observe(self.twin.entering(x), *args, **kwargs)
+
+
+class _Reference:
+    """Shows moments what enters the layer in the float network."""
+
+    def __init__(self, moments: LayerMoments) -> None:
+        self.moments = moments
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        self.moments.observe_reference(*args, **kwargs)

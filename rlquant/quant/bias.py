@@ -22,11 +22,7 @@ __all__ = ["correct_bias_"]
 
 
 def correct_bias_(
-    quantized: QuantizedLayer,
-    names: MatrixNames,
-    weight: Tensor,
-    reference: InputMoments,
-    moments: InputMoments,
+    quantized: QuantizedLayer, names: MatrixNames, weight: Tensor, moments: InputMoments
 ) -> None:
     """Add ``E[W x] - E[Q x']`` to one bias of a quantized layer.
 
@@ -34,12 +30,11 @@ def correct_bias_(
         quantized: the finished layer; a Linear or Conv2d without bias gets one.
         names: of the matrix.
         weight: its float weight ``[out, ...]``.
-        reference: moments of the inputs in the float network.
-        moments: of the same inputs in the quantized network, on the activation grid.
+        moments: of its inputs, in the quantized network beside the float one.
     """
     packed = quantized.get_submodule(names.packed)
     restored = packed.dequantize()  # type: ignore[operator]
-    shift = _mean_output(weight, reference.mean) - _mean_output(restored, moments.mean)
+    shift = _mean_output(weight, moments.reference_mean) - _mean_output(restored, moments.mean)
     bias = getattr(quantized, names.bias, None)
     corrected = shift if bias is None else bias.double() + shift
     setattr(quantized, names.bias, corrected.to(weight.dtype))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from rlquant.quant.observers import Observer
 from rlquant.quant.recurrent import run_float_layers
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["Calibration", "InputStatistic", "RangeStatistic", "run_calibration"]
+__all__ = ["Calibration", "InputStatistic", "Pass", "RangeStatistic", "run_calibration", "run_passes"]
 
 Calibration = Iterable[Any] | Tensor
 
@@ -57,37 +58,56 @@ class RangeStatistic:
         return {key: observer.qparams() for key, observer in self.observers.items()}
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one run of a batch is for: statistics to feed, by the name of the layer whose input they observe; and
+    layers whose output a stand-in gives instead, called with the same arguments."""
+
+    statistics: Mapping[str, list[InputStatistic]]
+    stand_ins: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
 def run_calibration(
     module: nn.Module,
     calibration: Calibration,
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, list[InputStatistic]],
-    stand_ins: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Run the batches through ``module`` in eval mode without gradients and feed the layers' statistics.
-
-    The output of a layer named in ``stand_ins`` is that of its stand-in on the same arguments.
 
     A tuple is the positional arguments of one call; anything else is the only argument; a bare tensor is one
     batch. Raises InputError where there is no batch.
     """
+    run_passes(module, calibration, layers, [Pass(statistics)])
+
+
+def run_passes(
+    module: nn.Module, calibration: Calibration, layers: Mapping[str, nn.Module], passes: Sequence[Pass]
+) -> None:
+    """Run every batch once for each pass, one pass after the other; else as :func:`run_calibration`."""
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
     count = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_eval_mode(module))
-        for name, layer in layers.items():
-            if name in statistics:
-                feed = layer.register_forward_pre_hook(_feed(statistics[name]), with_kwargs=True)
-                stack.callback(feed.remove)
-            if stand_ins and name in stand_ins:
-                hook = layer.register_forward_hook(_stand_in(stand_ins[name]), with_kwargs=True)
-                stack.callback(hook.remove)
+    with torch.no_grad(), _eval_mode(module):
         for batch in batches:
-            module(*batch) if isinstance(batch, tuple) else module(batch)
+            for each in passes:
+                with _hooks(layers, each):
+                    module(*batch) if isinstance(batch, tuple) else module(batch)
             count += 1
     if count == 0:
         raise InputError("calibration holds no batch: give at least one input of the module")
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, nn.Module], each: Pass) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if name in each.statistics:
+                feed = layer.register_forward_pre_hook(_feed(each.statistics[name]), with_kwargs=True)
+                stack.callback(feed.remove)
+            if name in each.stand_ins:
+                swap = layer.register_forward_hook(_stand_in(each.stand_ins[name]), with_kwargs=True)
+                stack.callback(swap.remove)
+        yield
 
 
 def _feed(statistics: list[InputStatistic]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -18,8 +18,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from rlquant.quant.bench import Bench, CalibrationWarning
+from rlquant.quant.bench import Bench
 from rlquant.quant.granularity import as_matrix
+from rlquant.quant.notes import CalibrationWarning
 
 __all__ = ["cle", "equalizing_scale"]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlquant.errors import InputError, unknown_name
 from rlquant.quant.affine import QParams
@@ -64,15 +64,16 @@ class Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """``choose`` maps a float32 matrix ``[rows, columns]``, the scheme, the moments of its inputs (None where
-    calibration is not needed) and a name for messages to codes of its shape and qparams.
+    """``choose`` maps a float32 matrix ``[rows, columns]``, the scheme, the moments of its inputs (None where it
+    reads none) and a name for messages to codes of its shape and qparams.
 
-    ``gram`` and ``sample`` say what the moments must hold.
+    ``gram`` and ``sample`` say what the moments must hold. ``finisher`` always follows in layers that have a bias.
     """
 
     choose: Callable[[Tensor, Scheme, InputMoments | None, str], tuple[Tensor, QParams | None]]
     gram: bool = False
     sample: int = 0
+    finisher: str | None = None
     can: Callable[[Scheme], bool] = any_scheme
 
     @property
@@ -83,10 +84,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finisher:
-    """``apply`` changes a finished layer: (layer, matrix names, float weight, moments of the inputs in the
-    float network, and in the quantized one)."""
+    """``apply`` changes a finished layer: (layer, matrix names, float weight, moments of the inputs).
 
-    apply: Callable[[QuantizedLayer, MatrixNames, Tensor, InputMoments, InputMoments], None]
+    ``absorbs_means`` says that the mean of an output error does not matter, since it is given back.
+    """
+
+    apply: Callable[[QuantizedLayer, MatrixNames, Tensor, InputMoments], None]
+    absorbs_means: bool = False
     needs_inputs: bool = True
     can: Callable[[Scheme], bool] = any_scheme
 
@@ -98,12 +102,12 @@ METHODS: dict[str, Part] = {
     "mse": Rule(round_with_best_range, can=has_scales),
     "clip": Rule(clip, sample=SAMPLE_ROWS, can=has_scales),
     "hqq": Rule(hqq, can=has_scales),
-    "gptq": Rule(gptq, gram=True),
+    "gptq": Rule(gptq, gram=True, finisher="bias"),
     "cle": Transform(cle, needs_inputs=False, can=any_scheme),
     "smoothquant": Transform(smoothquant, can=has_activations),
     "awq": Transform(awq, rule="clip"),
     "outlier": Transform(split_outliers),
-    "bias": Finisher(correct_bias_),
+    "bias": Finisher(correct_bias_, absorbs_means=True),
 }
 
 
@@ -122,6 +126,13 @@ class Method:
         """Whether it needs inputs of the module, whatever the scheme."""
         parts: tuple[Part, ...] = (*self.transforms, self.rule, *self.finishers)
         return any(part.needs_inputs for part in parts)
+
+    def finishers_for(self, layer: nn.Module) -> tuple[Finisher, ...]:
+        """The finishers of a layer: those named, or else the rule's own where the layer has a bias."""
+        own = METHODS.get(self.rule.finisher or "")
+        bias = getattr(layer, "bias", None)
+        has_bias = bias is not None and bias is not False  # recurrent layers have a flag there
+        return (own,) if isinstance(own, Finisher) and has_bias and not self.finishers else self.finishers
 
     def check(self, scheme: Scheme) -> None:
         """Raise InputError, naming the methods that can, where some part cannot do the scheme."""

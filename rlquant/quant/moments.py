@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.quant.affine import finite_extremes
-from rlquant.quant.kinds import input_rows, matrices, matrix_inputs
+from rlquant.quant.kinds import MatrixNames, input_rows, matrices, matrix_inputs
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.observers import Reservoir
 
@@ -20,79 +20,100 @@ SAMPLE_ROWS = 512
 class InputMoments:
     """Statistics of the input rows of one weight matrix, in blocks as :func:`input_rows` gives them.
 
-    - ``count``: rows seen; ``mean``, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks, columns]``
-    - ``gram``: float64 ``[blocks, columns, columns]``, the mean of ``x x^T``; only where asked for
-    - ``rows``: float32 ``[blocks, m, columns]``, a sample of at most ``SAMPLE_ROWS``; only where asked for
+    Rows ``x'`` are what the matrix multiplies. Beside them may come the rows ``x`` that it multiplies in the float
+    network, where layers before it are quantized already; without them, ``x = x'``.
+
+    - ``count``: rows seen
+    - ``mean`` of x', ``reference_mean`` of x, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks, columns]``
+    - ``gram``: ``E x' x'^T`` and ``drift``: ``E (x - x') x'^T``, float64 ``[blocks, columns, columns]``; covariances
+      where ``centered``. Only where asked for; ``drift`` is None where x' never differed from x
+    - ``rows``: float32 ``[blocks, m, columns]``, a sample of x'; only where asked for
     """
 
-    def __init__(self, *, gram: bool = False, sample: int = 0) -> None:
+    def __init__(self, *, gram: bool = False, centered: bool = False, sample: int = 0) -> None:
         self.count = 0
-        self._wants_gram = gram
+        self.centered = centered
+        self._gram: _Products | None = _Products() if gram else None
+        self._drift: _Products | None = _Products() if gram else None
         self._sample = Reservoir(sample) if sample else None
-        self._sum = self._abs_sum = self._square_sum = self.abs_max = torch.zeros(())
-        self._gram: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self.abs_max = torch.zeros(())
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows ``[blocks, n, columns]``."""
-        rows = rows.to(torch.float32)
+    def add(self, rows: Tensor, reference: Tensor | None = None) -> None:
+        """Take in rows x' ``[blocks, n, columns]`` and, where they differ, x of the same shape."""
         if rows.shape[1] == 0:
             return
+        rows = rows.to(torch.float32)
+        drift = None if reference is None else reference.to(torch.float32) - rows
         if self.count == 0:
-            zeros = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float64)
-            self._sum = self._abs_sum = self._square_sum = zeros
+            self._shift = rows.mean(dim=1, keepdim=True, dtype=torch.float64).to(torch.float32)
             self.abs_max = rows.new_zeros(rows.shape[0], rows.shape[2])
         self.count += rows.shape[1]
         magnitude = rows.abs()
-        self._sum = self._sum + rows.sum(dim=1, dtype=torch.float64)
-        self._abs_sum = self._abs_sum + magnitude.sum(dim=1, dtype=torch.float64)
-        self._square_sum = self._square_sum + rows.square().sum(dim=1, dtype=torch.float64)
         self.abs_max = torch.maximum(self.abs_max, magnitude.amax(dim=1))
-        if self._wants_gram:
-            # Chunks multiply in float32 and add up in float64: damping is 1e4 times the rounding.
-            products = (rows.transpose(1, 2) @ rows).to(torch.float64)
-            self._gram = products if self._gram is None else self._gram.add_(products)
+        for name, values in (("mean", rows), ("abs", magnitude), ("square", rows.square()), ("drift", drift)):
+            if values is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + values.sum(dim=1, dtype=torch.float64)
+        # Around a value close to the mean, covariances do not drown in the mean's square.
+        shifted = rows - self._shift
+        if self._gram is not None:
+            self._gram.add(shifted, shifted)
+        if self._drift is not None and drift is not None:
+            self._drift.add(drift, shifted)
         if self._sample is not None:
             self._sample.add(rows.transpose(0, 1))
 
     @property
     def blocks(self) -> int:
         """How many blocks there are; 0 before the first row."""
-        return len(self._sum) if self.count else 0
+        return len(self.abs_max) if self.count else 0
 
     def block(self, index: int) -> InputMoments:
         """The moments of one block alone, as views."""
-        one = InputMoments(gram=self._wants_gram)
-        one.count = self.count
-        if self.count:
-            part = slice(index, index + 1)
-            one._sum, one._abs_sum = self._sum[part], self._abs_sum[part]
-            one._square_sum, one.abs_max = self._square_sum[part], self.abs_max[part]
-            one._gram = None if self._gram is None else self._gram[part]
-            if self._sample is not None:
-                one._sample = Reservoir(self._sample.size)
-                one._sample.items = self._sample.items[:, part]
+        part = slice(index, index + 1)
+        one = InputMoments(centered=self.centered)
+        one.count, one._shift, one.abs_max = self.count, self._shift[part], self.abs_max[part]
+        one._sums = {name: values[part] for name, values in self._sums.items()}
+        one._gram = None if self._gram is None else self._gram.block(part)
+        one._drift = None if self._drift is None else self._drift.block(part)
+        if self._sample is not None:
+            one._sample = Reservoir(self._sample.size)
+            one._sample.items = self._sample.items[:, part]
         return one
 
     @property
     def mean(self) -> Tensor:
-        """Mean of each column, float64 ``[blocks, columns]``."""
-        return self._sum / max(1, self.count)
+        """Mean of each column of x', float64 ``[blocks, columns]``."""
+        return self._sums["mean"] / self.count
+
+    @property
+    def reference_mean(self) -> Tensor:
+        """Mean of each column of x, float64 ``[blocks, columns]``."""
+        return self.mean + self._mean_drift()
 
     @property
     def abs_mean(self) -> Tensor:
         """Mean magnitude of each column, float64 ``[blocks, columns]``."""
-        return self._abs_sum / max(1, self.count)
+        return self._sums["abs"] / self.count
 
     @property
     def square_mean(self) -> Tensor:
         """Mean square of each column, float64 ``[blocks, columns]``."""
-        return self._square_sum / max(1, self.count)
+        return self._sums["square"] / self.count
 
     @property
     def gram(self) -> Tensor:
-        """Mean of ``x x^T``, float64 ``[blocks, columns, columns]``."""
+        """``E x' x'^T`` or its covariance, float64 ``[blocks, columns, columns]``."""
         assert self._gram is not None, "the moments were gathered without their Gram matrix"
-        return self._gram / max(1, self.count)
+        return self._gram.mean(self.count) + self._offset(self.mean - self._shift[:, 0])
+
+    @property
+    def drift(self) -> Tensor | None:
+        """``E (x - x') x'^T`` or its covariance, float64 ``[blocks, columns, columns]``; None where x' is x."""
+        assert self._drift is not None, "the moments were gathered without their Gram matrix"
+        if self._drift.total is None:
+            return None
+        return self._drift.mean(self.count) + self._offset(self._mean_drift())
 
     @property
     def rows(self) -> Tensor:
@@ -100,12 +121,41 @@ class InputMoments:
         assert self._sample is not None, "the moments were gathered without a sample"
         return self._sample.items.transpose(0, 1)
 
+    def _mean_drift(self) -> Tensor:
+        return self._sums["drift"] / self.count if "drift" in self._sums else torch.zeros_like(self.mean)
+
+    def _offset(self, left: Tensor) -> Tensor:
+        """What to add to ``E a (x' - shift)^T``, where a has the mean ``left``, for products or for covariances."""
+        shift = self._shift[:, 0].to(torch.float64)
+        right = shift - self.mean if self.centered else shift
+        return left[:, :, None] * right[:, None, :]
+
+
+class _Products:
+    """A running sum of ``a b^T``: chunks multiply in float32 and add up in float64."""
+
+    def __init__(self, total: Tensor | None = None) -> None:
+        self.total = total
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Take in rows ``[blocks, n, columns]`` each."""
+        products = (a.transpose(1, 2) @ b).to(torch.float64)
+        self.total = products if self.total is None else self.total.add_(products)
+
+    def mean(self, count: int) -> Tensor:
+        """The sum over ``count`` rows, divided by it."""
+        assert self.total is not None
+        return self.total / count
+
+    def block(self, part: slice) -> _Products:
+        """Some blocks, as a view."""
+        return _Products(None if self.total is None else self.total[part])
+
 
 class LayerMoments:
     """The moments of every weight matrix of a layer, by the name of its packed weight.
 
-    Where ``quantized`` is given, the rows are what the quantized layer multiplies: scaled and on its
-    activation grid.
+    Where ``quantized`` is given, the rows are what the quantized layer multiplies: on its activation grid.
     """
 
     def __init__(
@@ -114,20 +164,45 @@ class LayerMoments:
         layer: nn.Module,
         *,
         gram: bool = False,
+        centered: bool = False,
         sample: int = 0,
         quantized: QuantizedLayer | None = None,
     ) -> None:
         self.name, self.layer, self.quantized = name, layer, quantized
         self.names = matrices(layer)
-        self.by_matrix = {names.packed: InputMoments(gram=gram, sample=sample) for names in self.names}
+        self.by_matrix = {
+            names.packed: InputMoments(gram=gram, centered=centered, sample=sample) for names in self.names
+        }
+        self._references: list[list[Tensor]] = []
+
+    def observe_reference(self, x: Tensor, hx: Any = None) -> None:
+        """Take in the arguments of a call in the float network; the same call in the quantized one follows."""
+        self._references.append(matrix_inputs(self.layer, x, hx))
 
     def observe(self, x: Tensor, hx: Any = None) -> None:
-        """Take in the arguments of one forward call. Raises InputError for NaN or Inf."""
-        for names, part in zip(self.names, matrix_inputs(self.layer, x, hx), strict=True):
-            if part.numel() == 0:
-                continue
-            finite_extremes(part, f"the calibration input of layer {self.name!r}")
-            if self.quantized is not None:
-                part = self.quantized.get_submodule(names.quantizer)(part)
-            for rows in input_rows(self.layer, part):
-                self.by_matrix[names.packed].add(rows)
+        """Take in the arguments of a call. Raises InputError for NaN or Inf."""
+        inputs = matrix_inputs(self.layer, x, hx)
+        references: list[Tensor | None] = [None] * len(inputs)
+        if self._references:
+            references = list(self._references.pop(0))
+        for names, part, reference in zip(self.names, inputs, references, strict=True):
+            if part.numel():
+                finite_extremes(part, f"the calibration input of layer {self.name!r}")
+                self._add(names, part, reference)
+
+    def _add(self, names: MatrixNames, part: Tensor, reference: Tensor | None) -> None:
+        entering = part
+        if self.quantized is not None:
+            entering = self.quantized.get_submodule(names.quantizer)(part)
+        moments = self.by_matrix[names.packed]
+        # A router may send other rows here once layers before it are quantized: those have no counterpart.
+        if reference is None or reference.shape != part.shape:
+            reference = part
+        if entering is reference or torch.equal(entering, reference):
+            for rows in input_rows(self.layer, entering):
+                moments.add(rows)
+            return
+        for rows, float_rows in zip(
+            input_rows(self.layer, entering), input_rows(self.layer, reference), strict=True
+        ):
+            moments.add(rows, float_rows)

@@ -17,7 +17,8 @@ import warnings
 import torch
 
 from rlquant.errors import InputError
-from rlquant.quant.bench import Bench, CalibrationWarning
+from rlquant.quant.bench import Bench
+from rlquant.quant.notes import CalibrationWarning
 
 __all__ = ["SHARE", "split_outliers"]
 

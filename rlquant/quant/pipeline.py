@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlquant.errors import InputError
 from rlquant.quant.affine import QParams, finite_extremes
-from rlquant.quant.bench import Bench, CalibrationWarning, Twin
+from rlquant.quant.bench import Bench, Twin
 from rlquant.quant.calibrate import RangeStatistic
 from rlquant.quant.granularity import as_matrix
 from rlquant.quant.kinds import empty_layer, matrices
@@ -25,6 +25,7 @@ from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.methods import Method
 from rlquant.quant.moments import InputMoments, LayerMoments
 from rlquant.quant.nearest import round_to_nearest
+from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
 
@@ -42,18 +43,16 @@ def run_method(bench: Bench, method: Method, *, sequential: bool = True) -> None
     for transform in method.transforms:
         transform.apply(bench)
     reads_inputs = method.rule.needs_inputs or bool(method.finishers)
-    ranges, reference, order = _float_pass(bench, reads_inputs)
+    ranges, order = _float_pass(bench, reads_inputs)
     activations = {name: statistic.qparams() for name, statistic in ranges.items()}
     for stage in order.stages() if reads_inputs and sequential else [list(bench.twins)]:
         empty = {name: _empty(bench.twins[name], bench.scheme, activations.get(name)) for name in stage}
         moments = _moments(bench, empty, method) if reads_inputs else {}
         for name, layer in empty.items():
-            twin = bench.twins[name]
-            with _naming(twin):
-                _load(twin, layer, method, moments.get(name))
-            if name in moments:
-                _finish(twin, layer, method, reference[name], moments[name])
-            twin.quantized = layer
+            with _naming(bench.twins[name]):
+                _load(bench.twins[name], layer, method, moments.get(name))
+        for name, layer in empty.items():
+            bench.twins[name].quantized = layer
 
 
 class CallOrder:
@@ -89,21 +88,16 @@ class _FirstInput:
         self.first.setdefault(self.name, x)
 
 
-def _float_pass(
-    bench: Bench, reads_inputs: bool
-) -> tuple[dict[str, RangeStatistic], dict[str, LayerMoments], CallOrder]:
-    """One pass of the float network: activation ranges, mean inputs and the order of calls, as needed."""
-    twins, order = bench.twins, CallOrder(list(bench.twins))
+def _float_pass(bench: Bench, reads_inputs: bool) -> tuple[dict[str, RangeStatistic], CallOrder]:
+    """One pass of the float network: activation ranges and the order of calls, as needed."""
+    order = CallOrder(list(bench.twins))
     ranges: dict[str, RangeStatistic] = {}
-    reference: dict[str, LayerMoments] = {}
     if bench.scheme.needs_calibration:
-        ranges = {name: RangeStatistic(name, twin.layer, bench.scheme) for name, twin in twins.items()}
-    if reads_inputs:
-        reference = {name: LayerMoments(name, twin.layer) for name, twin in twins.items()}
-    if ranges or reference:
-        parts = (ranges, reference, {name: order.statistic(name) for name in twins})
-        bench.observe({name: [part[name] for part in parts if name in part] for name in twins})
-    return ranges, reference, order
+        ranges = {name: RangeStatistic(name, twin.layer, bench.scheme) for name, twin in bench.twins.items()}
+    if ranges or reads_inputs:
+        parts = (ranges, {name: order.statistic(name) for name in bench.twins})
+        bench.observe({name: [part[name] for part in parts if name in part] for name in bench.twins})
+    return ranges, order
 
 
 def _empty(twin: Twin, scheme: Scheme, activations: dict[str, QParams] | None) -> QuantizedLayer:
@@ -117,17 +111,19 @@ def _empty(twin: Twin, scheme: Scheme, activations: dict[str, QParams] | None) -
 
 def _moments(bench: Bench, empty: dict[str, QuantizedLayer], method: Method) -> dict[str, LayerMoments]:
     """Moments of what enters the layers of a stage, on their activation grids, in one pass."""
-    rule = method.rule
-    gathered = {
-        name: LayerMoments(name, bench.twins[name].layer, gram=rule.gram, sample=rule.sample, quantized=layer)
-        for name, layer in empty.items()
-    }
-    bench.observe({name: [part] for name, part in gathered.items()})
+    rule, gathered = method.rule, {}
+    for name, layer in empty.items():
+        original = bench.twins[name].layer
+        centered = any(finisher.absorbs_means for finisher in method.finishers_for(original))
+        gathered[name] = LayerMoments(
+            name, original, gram=rule.gram, centered=centered, sample=rule.sample, quantized=layer
+        )
+    bench.observe_beside_float(gathered)
     return gathered
 
 
 def _load(twin: Twin, layer: QuantizedLayer, method: Method, moments: LayerMoments | None) -> None:
-    """Choose the codes of every matrix and load them."""
+    """Choose the codes of every matrix, load them, and let the finishers adjust the layer."""
     packed = {}
     for names in matrices(twin.layer):
         weight = twin.weight(names)
@@ -139,6 +135,12 @@ def _load(twin: Twin, layer: QuantizedLayer, method: Method, moments: LayerMomen
         packed[names.packed] = QuantizedWeight.from_codes(codes.view(weight.shape), qparams, layer.scheme)
     layer.load_float(twin.layer, packed)
     twin.load_extras(layer)
+    if moments is None:
+        return
+    for names in matrices(twin.layer):
+        seen = moments.by_matrix[names.packed]
+        for finisher in method.finishers_for(twin.layer) if seen.count else ():
+            finisher.apply(layer, names, twin.weight(names), seen)
 
 
 def _choose(
@@ -179,17 +181,6 @@ def _joined(parts: list[tuple[Tensor, QParams | None]]) -> tuple[Tensor, QParams
         return codes, None
     points = [each.zero_point for each in qparams if each.zero_point is not None]
     return codes, QParams(torch.cat([each.scale for each in qparams]), torch.cat(points) if points else None)
-
-
-def _finish(
-    twin: Twin, layer: QuantizedLayer, method: Method, reference: LayerMoments, moments: LayerMoments
-) -> None:
-    """Let the finishers adjust a layer, where calibration reached it."""
-    for names in matrices(twin.layer):
-        before, after = reference.by_matrix[names.packed], moments.by_matrix[names.packed]
-        if before.count and after.count:
-            for finisher in method.finishers:
-                finisher.apply(layer, names, twin.weight(names), before, after)
 
 
 @contextmanager
