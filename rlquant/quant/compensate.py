@@ -1,7 +1,7 @@
 """Rounding with compensation: the inner loop of GPTQ, at given scales.
 
-The loss of a row with error ``e`` on inputs ``x`` is ``e H e^T`` with ``H = E x x^T``. When column ``q`` is rounded, the
-change of the columns F not yet rounded that costs least is (equation 2 of the paper)
+The loss of a row with error ``e`` on inputs ``x`` is ``e H e^T`` with ``H = E x x^T``. When column ``q`` is rounded,
+the change of the columns F not yet rounded that costs least is (equation 2 of the paper)
 
     delta = -(w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_q:
 
