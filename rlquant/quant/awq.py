@@ -1,13 +1,14 @@
 """AWQ: protect the weights that loud inputs multiply, by scaling their channel up before rounding.
 
-The error of a rounded weight reaches the output through its input. Scaling channel j by ``s_j > 1`` shrinks its
-relative rounding error by about ``s_j`` while the step of its group hardly grows. The scale follows the mean
-magnitude of the inputs, with one exponent per layer,
+The error of a rounded weight reaches the output through its input. Scaling channel j by ``s_j > 1`` shrinks
+its relative rounding error by about ``s_j`` while the step of its group hardly grows. The scale follows the
+mean magnitude of the inputs, with one exponent per layer,
 
     s_j = (E |x_j|)^alpha,   alpha in {0, 1/20, ..., 1}   (equation 5)
 
-chosen by the output error. It is folded into the layer before where that is exact, and kept as an explicit input
-scale otherwise. Then the ranges of the weights are clipped to the least output error (the rule ``clip``).
+chosen by the output error. It is folded into the layer before where that is exact, and kept as an explicit
+input scale otherwise. Then the ranges of the weights are clipped to the least output error (the rule
+``clip``).
 
 Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 and the clipping search of its code.
 """

@@ -1,9 +1,9 @@
 """Bias correction: give back the mean that quantization took from a layer's output.
 
-Quantizing weights and inputs shifts the mean of an output, ``E[W x] - E[Q x']``, since inputs behind a ReLU are
-not centred. The bias absorbs the difference at no cost. Here ``x`` are the calibration inputs of the layer in the
-float network and ``x'`` those in the network whose earlier layers are quantized already, on the layer's
-activation grid: the empirical, sequential form.
+Quantizing weights and inputs shifts the mean of an output, ``E[W x] - E[Q x']``, since inputs behind a ReLU
+are not centred. The bias absorbs the difference at no cost. Here ``x`` are the calibration inputs of the
+layer in the float network and ``x'`` those in the network whose earlier layers are quantized already, on the
+layer's activation grid: the empirical, sequential form.
 
 Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 and appendix D.
 """

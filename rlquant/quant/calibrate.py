@@ -60,7 +60,8 @@ class RangeStatistic:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one run of a batch is for: statistics to feed, by the name of the layer whose input they observe; and
+    """What one run of a batch is for: statistics to feed, by the name of the layer whose input they observe;
+    and
     layers whose output a stand-in gives instead, called with the same arguments."""
 
     statistics: Mapping[str, list[InputStatistic]]

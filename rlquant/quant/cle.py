@@ -1,12 +1,12 @@
 """Cross-layer equalization: give the channels between two layers equal weight ranges on both sides.
 
-For a channel i between two layers with only ReLU-like layers between, let ``r1_i = max|W1_i,:|`` and
-``r2_i = max|W2_:,i|``. Dividing the first layer's row (and bias) by ``s_i = sqrt(r1_i / r2_i)`` and multiplying the
-second's column by it makes both ranges ``sqrt(r1_i r2_i)`` (equation 11) and changes no output. A chain of layers is
-swept until nothing moves.
+For a channel i between two layers with only ReLU-like layers between, let ``r1_i = max|W1_i,:|`` and ``r2_i =
+max|W2_:,i|``. Dividing the first layer's row (and bias) by ``s_i = sqrt(r1_i / r2_i)`` and multiplying the
+second's column by it makes both ranges ``sqrt(r1_i r2_i)`` (equation 11) and changes no output. A chain of
+layers is swept until nothing moves.
 
-It needs no data. With one scale per output channel the rows of the first layer do not matter to it; the columns of
-the second still do.
+It needs no data. With one scale per output channel the rows of the first layer do not matter to it; the
+columns of the second still do.
 
 Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1.
 """

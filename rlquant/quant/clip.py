@@ -1,11 +1,11 @@
 """Activation-aware clipping: the range of every scale is the one of least output error.
 
-A narrower range rounds most weights more finely and clips the largest. For each scale the range is searched over
-fractions 1 .. 0.2 of min-max, by the squared error of the output that its weights add up to on sampled inputs,
-``|X_g (w_g - quant(w_g))|^2`` with the columns g that share the scale. Rounding is to nearest.
+A narrower range rounds most weights more finely and clips the largest. For each scale the range is searched
+over fractions 1 .. 0.2 of min-max, by the squared error of the output that its weights add up to on sampled
+inputs, ``|X_g (w_g - quant(w_g))|^2`` with the columns g that share the scale. Rounding is to nearest.
 
-Source: the clipping search of AWQ (Lin et al. 2023, arXiv:2306.00978), here for symmetric, asymmetric, float and
-codebook formats, per group, channel or tensor.
+Source: the clipping search of AWQ (Lin et al. 2023, arXiv:2306.00978), here for symmetric, asymmetric, float
+and codebook formats, per group, channel or tensor.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def clipped_qparams(matrix: Tensor, scheme: Scheme, inputs: Tensor) -> QParams:
 
 
 def _factors(inputs: Tensor, group: int) -> list[Tensor]:
-    """Inputs of each group of columns; taller than wide, they give way to their R factor: ``|X e| = |R e|``."""
+    """Inputs by group of columns; where taller than wide, their R factor: ``|X e| = |R e|``."""
     parts = torch.split(inputs, group, dim=1)
     return [torch.linalg.qr(part, mode="r").R if len(part) > part.shape[1] else part for part in parts]
 

@@ -1,13 +1,13 @@
 """Rounding with compensation: the inner loop of GPTQ, at given scales.
 
-The loss of a row with error ``e`` on inputs ``x`` is ``e H e^T`` with ``H = E x x^T``. When column ``q`` is rounded,
-the change of the columns F not yet rounded that costs least is (equation 2 of the paper)
+The loss of a row with error ``e`` on inputs ``x`` is ``e H e^T`` with ``H = E x x^T``. When column ``q`` is
+rounded, the change of the columns F not yet rounded that costs least is (equation 2 of the paper)
 
     delta = -(w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_q:
 
-All that is needed of the shrinking inverses is the upper triangular U with ``U^T U = H^-1``: column j changes by
-``-(w_q - quant(w_q)) / U_qq * U_qj``, and the loss is the sum of ``((w_q - quant(w_q)) / U_qq)^2`` over all columns.
-Columns are taken in blocks, with the later columns updated once a block (lazy batch updates).
+All that is needed of the shrinking inverses is the upper triangular U with ``U^T U = H^-1``: column j changes
+by ``-(w_q - quant(w_q)) / U_qq * U_qj``, and the loss is the sum of ``((w_q - quant(w_q)) / U_qq)^2`` over
+all columns. Columns are taken in blocks, with the later columns updated once a block (lazy batch updates).
 
 Source: Frantar et al. 2022, arXiv:2210.17323, sections 3.2 to 3.4.
 """
@@ -15,14 +15,15 @@ Source: Frantar et al. 2022, arXiv:2210.17323, sections 3.2 to 3.4.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from rlquant.quant.affine import QParams, fake_quantize
+from rlquant.quant.formats import Format
 from rlquant.quant.notes import CalibrationWarning
-from rlquant.quant.scheme import Scheme
-from rlquant.quant.tensor import spread_qparams
 
 __all__ = ["BLOCK", "Factor", "inverse_factor", "round_with_compensation"]
 
@@ -32,13 +33,13 @@ BLOCK = 128
 class Factor:
     """The order of the columns, and the factor of the inverse Hessian in it.
 
-    - ``order``: int64 ``[columns]``, by decreasing diagonal (act-order), so that the most used inputs are rounded
-      while there is most left to compensate with; or as they come
+    - ``order``: int64 ``[columns]``, by decreasing diagonal (act-order), so that the most used inputs are
+      rounded while there is most left to compensate with; or as they come
     - ``upper``: float32 ``[columns, columns]``
     """
 
     def __init__(self, hessian: Tensor, damping: float, what: str, act_order: bool = True) -> None:
-        """From ``E x x^T``, ``[columns, columns]``, to which a share ``damping`` of its mean diagonal is added."""
+        """From ``E x x^T`` ``[columns, columns]``; a share ``damping`` of its mean diagonal is added."""
         self.order = torch.arange(len(hessian), device=hessian.device)
         if act_order:
             self.order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -83,38 +84,58 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
 
 
 def round_with_compensation(
-    matrix: Tensor, qparams: QParams | None, scheme: Scheme, factor: Factor, block: int = BLOCK
+    matrix: Tensor, spread: QParams | None, fmt: Format, factor: Factor, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Round a weight column by column.
 
     Args:
         matrix: float32 ``[rows, columns]``.
-        qparams: of the scheme's scale shape; None for plain casts.
-        scheme: its stored format has the values.
+        spread: ``[rows, 1]`` or ``[rows, columns]``; None for plain casts.
+        fmt: has the values.
         factor: of the inputs' Hessian.
         block: columns between two updates of all that follow; changes nothing but speed.
 
     Returns:
-        The real values of the chosen codes, float32 ``[rows, columns]``, and each row's damped loss ``[rows]``.
+        The real values of the chosen codes, float32 ``[rows, columns]``, and each row's damped loss
+        ``[rows]``.
     """
     order, upper = factor.order, factor.upper
-    spread = None if qparams is None else _by_column(spread_qparams(qparams, scheme, len(order)), order)
+    spread = None if spread is None else _by_column(spread, order)
     weight = matrix.t()[order].contiguous()  # row i is the i-th column to be rounded
     loss = torch.zeros(len(matrix), device=matrix.device)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
-        errors = torch.empty_like(weight[start:stop])
-        for i in range(start, stop):
-            rounded = _round(weight[i], None if spread is None else _column(spread, i), scheme)
-            error = (weight[i] - rounded) / upper[i, i]
-            weight[i + 1 : stop].sub_(upper[i, i + 1 : stop, None] * error)
-            weight[i] = rounded
-            errors[i - start] = error
+        with _serial():
+            errors = _round_block(weight[start:stop], start, spread, upper, fmt)
+            loss += errors.square().sum(dim=0)
         weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-        loss += errors.square().sum(dim=0)
     values = torch.empty_like(weight)
     values[order] = weight
     return values.t().contiguous(), loss
+
+
+def _round_block(weight: Tensor, start: int, spread: QParams | None, upper: Tensor, fmt: Format) -> Tensor:
+    """Round a block ``[block, rows]`` in place; its errors in units of the factor's diagonal."""
+    errors = torch.empty_like(weight)
+    for i in range(len(weight)):
+        j = start + i
+        rounded = fmt.cast(weight[i]) if spread is None else fake_quantize(weight[i], _column(spread, j), fmt)
+        error = (weight[i] - rounded) / upper[j, j]
+        weight[i + 1 :].sub_(upper[j, j + 1 : start + len(weight), None] * error)
+        weight[i] = rounded
+        errors[i] = error
+    return errors
+
+
+@contextmanager
+def _serial() -> Iterator[None]:
+    """One thread: on a busy machine, waking another takes a thousand times as long as a column."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_column(spread: QParams, order: Tensor) -> QParams:
@@ -129,8 +150,3 @@ def _by_column(spread: QParams, order: Tensor) -> QParams:
 def _column(spread: QParams, i: int) -> QParams:
     i = min(i, len(spread.scale) - 1)
     return QParams(spread.scale[i], None if spread.zero_point is None else spread.zero_point[i])
-
-
-def _round(column: Tensor, qparams: QParams | None, scheme: Scheme) -> Tensor:
-    """A column ``[rows]`` rounded to the nearest values."""
-    return scheme.stored.cast(column) if qparams is None else fake_quantize(column, qparams, scheme.stored)

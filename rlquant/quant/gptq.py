@@ -1,20 +1,22 @@
 """GPTQ: round the columns of a weight one after another, each time moving the rest to make up for the error.
 
-The paper minimises ``E |W x - Q x|^2`` over codes Q with :mod:`~rlquant.quant.compensate`. Three things are added,
-each of which saves a policy much of its reward:
+The paper minimises ``E |W x - Q x|^2`` over codes Q with :mod:`~rlquant.quant.compensate`. Three things are
+added, each of which saves a policy much of its reward:
 
-- **The target is the float network's output.** The layers before are quantized already and give ``x'`` for ``x``; what
-  is minimised is ``E |W x - Q x'|^2``. Its minimum without rounding is ``T = W + W D (H + damping)^-1`` with
-  ``D = E (x - x') x'^T`` and ``H = E x' x'^T``, and rounding T with H minimises the rest. (Li et al. 2025, GPTAQ,
-  arXiv:2504.02692, pose the same problem.)
-- **The bias is a column that needs no rounding.** Eliminating it turns all moments into covariances, after which
-  bias correction restores the mean. Layers without a bias keep plain moments.
-- **Scales are searched.** Of eight fractions of the observer's range, each row takes the one of least loss after its
-  rounding with compensation. Scales are those of T before rounding (static groups), which act-order needs.
+- **The target is the float network's output.** The layers before are quantized already and give ``x'`` for
+  ``x``; what is minimised is ``E |W x - Q x'|^2``. Its minimum without rounding is ``T = W + W D (H +
+  damping)^-1`` with ``D = E (x - x') x'^T`` and ``H = E x' x'^T``, and rounding T with H minimises the rest.
+  (Li et al. 2025, GPTAQ, arXiv:2504.02692, pose the same problem.)
+- **The bias is a column that needs no rounding.** Eliminating it turns all moments into covariances, after
+  which bias correction restores the mean. Layers without a bias keep plain moments.
+- **Scales are searched.** Of eight fractions of the observer's range, each row takes the one of least loss
+  after its rounding with compensation; in a layer of more than 512 rows, a sample of them first narrows the
+  eight to two. Scales are those of T before rounding (static groups), which act-order needs.
 
-H gets 0.01 of its mean diagonal added, more where samples are few. A column whose input was always zero is rounded to
-nearest and neither gives nor takes compensation; the paper zeroes it, but a state that calibration missed would then
-meet another policy. A row that came out worse than round-to-nearest keeps its nearest codes.
+H gets 0.01 of its mean diagonal added, more where samples are few. A column whose input was always zero is
+rounded to nearest and neither gives nor takes compensation; the paper zeroes it, but a state that calibration
+missed would then meet another policy. A row that came out worse than round-to-nearest keeps its nearest
+codes.
 
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
 """
@@ -39,6 +41,8 @@ __all__ = ["gptq"]
 
 DAMPING = 0.01
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SEARCH_ROWS = 512
+FINALISTS = 2
 
 Chosen = tuple[Tensor, QParams | None]
 
@@ -50,7 +54,7 @@ def gptq(matrix: Tensor, scheme: Scheme, moments: InputMoments | None, what: str
     drift = moments.drift
     pull = None if drift is None else matrix @ drift[0].to(torch.float32)  # W D
     target = matrix if pull is None else matrix + factor.solve(pull)
-    values, qparams = _best_scales(target, scheme, factor, what)
+    values, qparams = _best_scales(target, scheme, factor)
     nearest = nearest_qparams(matrix, scheme, what)
     chosen = (nearest_codes(values, qparams, scheme), qparams)
     fallback = (nearest_codes(matrix, nearest, scheme), nearest)
@@ -72,25 +76,44 @@ def _damping(moments: InputMoments, what: str) -> float:
     return damping
 
 
-def _best_scales(target: Tensor, scheme: Scheme, factor: Factor, what: str) -> Chosen:
+def _best_scales(target: Tensor, scheme: Scheme, factor: Factor) -> Chosen:
     """Rounded values ``[rows, columns]`` and the qparams of each row's best fraction of its range."""
     if not scheme.stored.is_scaled:
-        return round_with_compensation(target, None, scheme, factor)[0], None
+        return round_with_compensation(target, None, scheme.stored, factor)[0], None
     low, high = weight_ranges(target, scheme.stored, scheme.granularity, scheme.observer)
-    values = torch.empty_like(target)
-    best = torch.full((len(target), 1), torch.inf, device=target.device)
-    fractions = torch.ones_like(best)
-    for fraction in FRACTIONS:
-        qparams = qparams_from_range(low * fraction, high * fraction, scheme.stored)
-        rounded, losses = round_with_compensation(target, qparams, scheme, factor)
-        loss = losses[:, None]
-        if scheme.granularity.kind == "tensor":
-            loss = loss.sum().expand_as(best)
-        better = loss < best
-        best, fractions = torch.where(better, loss, best), torch.where(better, fraction, fractions)
-        values = torch.where(better, rounded, values)
-    fractions = fractions[: len(low)]
-    return values, qparams_from_range(low * fractions, high * fractions, scheme.stored)
+    fractions = torch.tensor(FRACTIONS, device=target.device)
+    if len(target) > SEARCH_ROWS:
+        some = torch.linspace(0, len(target) - 1, SEARCH_ROWS, device=target.device).long()
+        sampled = (low, high) if len(low) == 1 else (low[some], high[some])
+        losses = _tried(target[some], *sampled, scheme, factor, fractions)[1]
+        fractions = fractions[losses.sum(dim=1).argsort()[:FINALISTS]]
+    values, losses = _tried(target, low, high, scheme, factor, fractions)
+    if len(low) == 1:
+        losses = losses.sum(dim=1, keepdim=True).expand_as(losses)
+    best = losses.argmin(dim=0)
+    chosen = fractions[best][: len(low), None]
+    values = values[best, torch.arange(len(target), device=target.device)]
+    return values, qparams_from_range(low * chosen, high * chosen, scheme.stored)
+
+
+def _tried(
+    target: Tensor, low: Tensor, high: Tensor, scheme: Scheme, factor: Factor, fractions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values ``[fractions, rows, columns]`` and losses ``[fractions, rows]``, all rounded in one go."""
+    rows, columns = target.shape
+    shares = fractions[:, None, None]
+    qparams = qparams_from_range(shares * low, shares * high, scheme.stored)
+
+    def spread(values: Tensor) -> Tensor:
+        every_row = values.expand(-1, rows, -1).reshape(len(fractions) * rows, -1)
+        return scheme.granularity.expand(every_row, columns)
+
+    point = None if qparams.zero_point is None else spread(qparams.zero_point)
+    stacked = target.repeat(len(fractions), 1)
+    values, losses = round_with_compensation(
+        stacked, QParams(spread(qparams.scale), point), scheme.stored, factor
+    )
+    return values.view(-1, rows, columns), losses.view(-1, rows)
 
 
 def _better_rows(

@@ -1,21 +1,22 @@
 """HQQ: half-quadratic quantization, which needs no data.
 
-A few large weights should not set the step for all others: the error is measured in an l_p norm with p < 1, which
-forgives them. With an auxiliary error ``e`` the problem
+A few large weights should not set the step for all others: the error is measured in an l_p norm with p < 1,
+which forgives them. With an auxiliary error ``e`` the problem
 
     min over scale s and zero point z of  |W - Q(W)|_p^p,   Q(W) = s (round(W / s) + z) - s z  on the grid
 
-splits into two easy steps, taken in turn (equations 4 to 6 of the note):
+splits into two easy steps, taken in turn:
 
     e <- shrink(W - Q(W)),   shrink(x) = sign(x) relu(|x| - |x|^(p-1) / beta)
     s, z <- least squares fit of the codes to W - e,   beta <- kappa beta
 
-HQQ itself fits a fractional zero point at a fixed scale. A zero point here lies on the grid, so that zero stays
-exact, and symmetric schemes have none; so the scale is fitted too. Errors are measured in steps of the scale, which
-makes the result the same for ``W`` and ``c W``. The best of all iterates is kept; the first is min-max.
+HQQ itself fits a fractional zero point at a fixed scale. A zero point here lies on the grid, so that zero
+stays exact, and symmetric schemes have none; so the scale is fitted too. Errors are measured in steps of the
+scale, which makes the result the same for ``W`` and ``c W``. The best of all iterates is kept; the first is
+min-max.
 
-Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (Mobius Labs), with its
-p = 0.7, beta = 10, kappa = 1.01 and 20 iterations.
+Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (Mobius Labs), with
+its p = 0.7, beta = 10, kappa = 1.01 and 20 iterations.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def shrink(x: Tensor, beta: float, p: float = P) -> Tensor:
 
 
 def _fit(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (zero for symmetric maps) of each row of ``[blocks, n]``: float32 ``[blocks, 1]``."""
+    """Scale and zero point (0 for symmetric maps) of each row of ``[blocks, n]``: ``[blocks, 1]``."""
     low, high = minmax(blocks, fmt)
     start = qparams_from_range(low[:, None], high[:, None], fmt)
     scale = start.scale

@@ -30,7 +30,7 @@ class QuantizedLayer(nn.Module):
     scheme: Scheme
 
     def load_float(self, layer: Any, packed: Mapping[str, QuantizedWeight] | None = None) -> None:
-        """Take the float layer's weights, rounded to nearest, or those of ``packed`` by name; and its biases."""
+        """Take the float layer's biases, and its weights rounded to nearest or those in ``packed``."""
         raise NotImplementedError
 
     def activation_quantizers(self) -> dict[str, StaticQuantizer]:

@@ -64,10 +64,11 @@ class Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """``choose`` maps a float32 matrix ``[rows, columns]``, the scheme, the moments of its inputs (None where it
-    reads none) and a name for messages to codes of its shape and qparams.
+    """``choose`` maps a float32 matrix ``[rows, columns]``, the scheme, the moments of its inputs (None where
+    it reads none) and a name for messages to codes of its shape and qparams.
 
-    ``gram`` and ``sample`` say what the moments must hold. ``finisher`` always follows in layers that have a bias.
+    ``gram`` and ``sample`` say what the moments must hold. ``finisher`` always follows in layers that have a
+    bias.
     """
 
     choose: Callable[[Tensor, Scheme, InputMoments | None, str], tuple[Tensor, QParams | None]]

@@ -20,13 +20,14 @@ SAMPLE_ROWS = 512
 class InputMoments:
     """Statistics of the input rows of one weight matrix, in blocks as :func:`input_rows` gives them.
 
-    Rows ``x'`` are what the matrix multiplies. Beside them may come the rows ``x`` that it multiplies in the float
-    network, where layers before it are quantized already; without them, ``x = x'``.
+    Rows ``x'`` are what the matrix multiplies. Beside them may come the rows ``x`` that it multiplies in the
+    float network, where layers before it are quantized already; without them, ``x = x'``.
 
     - ``count``: rows seen
-    - ``mean`` of x', ``reference_mean`` of x, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks, columns]``
-    - ``gram``: ``E x' x'^T`` and ``drift``: ``E (x - x') x'^T``, float64 ``[blocks, columns, columns]``; covariances
-      where ``centered``. Only where asked for; ``drift`` is None where x' never differed from x
+    - ``mean`` of x', ``reference_mean`` of x, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks,
+      columns]``
+    - ``gram``: ``E x' x'^T`` and ``drift``: ``E (x - x') x'^T``, float64 ``[blocks, columns, columns]``;
+      covariances where ``centered``. Only where asked for; ``drift`` is None where x' never differed from x
     - ``rows``: float32 ``[blocks, m, columns]``, a sample of x'; only where asked for
     """
 
@@ -105,11 +106,14 @@ class InputMoments:
     def gram(self) -> Tensor:
         """``E x' x'^T`` or its covariance, float64 ``[blocks, columns, columns]``."""
         assert self._gram is not None, "the moments were gathered without their Gram matrix"
-        return self._gram.mean(self.count) + self._offset(self.mean - self._shift[:, 0])
+        gram = self._gram.mean(self.count) + self._offset(self.mean - self._shift[:, 0])
+        if not self.centered:
+            gram += self._shift[:, 0, :, None].to(torch.float64) * self.mean[:, None, :]
+        return gram
 
     @property
     def drift(self) -> Tensor | None:
-        """``E (x - x') x'^T`` or its covariance, float64 ``[blocks, columns, columns]``; None where x' is x."""
+        """``E (x - x') x'^T`` or its covariance, of the shape of :attr:`gram`; None where x' is x."""
         assert self._drift is not None, "the moments were gathered without their Gram matrix"
         if self._drift.total is None:
             return None
@@ -125,7 +129,7 @@ class InputMoments:
         return self._sums["drift"] / self.count if "drift" in self._sums else torch.zeros_like(self.mean)
 
     def _offset(self, left: Tensor) -> Tensor:
-        """What to add to ``E a (x' - shift)^T``, where a has the mean ``left``, for products or for covariances."""
+        """What to add to ``E a (x' - shift)^T``, where a has the mean ``left``."""
         shift = self._shift[:, 0].to(torch.float64)
         right = shift - self.mean if self.centered else shift
         return left[:, :, None] * right[:, None, :]
@@ -176,7 +180,7 @@ class LayerMoments:
         self._references: list[list[Tensor]] = []
 
     def observe_reference(self, x: Tensor, hx: Any = None) -> None:
-        """Take in the arguments of a call in the float network; the same call in the quantized one follows."""
+        """Take in the arguments of a call in the float network; the quantized one's follow."""
         self._references.append(matrix_inputs(self.layer, x, hx))
 
     def observe(self, x: Tensor, hx: Any = None) -> None:

@@ -1,10 +1,10 @@
 """Outlier split: the few input channels that carry most stay in 16 bit, with weights and inputs unrounded.
 
-``W x = W_rest x_rest + W_out x_out`` is exact before rounding. The codes of the outlier columns are zero, so that
-neither the scales of the weights nor the range of the activation has to cover them. LLM.int8 takes channels whose
-inputs exceed 6; a policy has no such constant, so here the channels with the largest contribution
-``sqrt(E x_j^2) * |W_:,j|`` are taken, a share of 1/64 and at least one. Their float16 weights and indices count in the
-layer's bytes.
+``W x = W_rest x_rest + W_out x_out`` is exact before rounding. The codes of the outlier columns are zero, so
+that neither the scales of the weights nor the range of the activation has to cover them. LLM.int8 takes
+channels whose inputs exceed 6; a policy has no such constant, so here the channels with the largest
+contribution ``sqrt(E x_j^2) * |W_:,j|`` are taken, a share of 1/64 and at least one. Their float16 weights
+and indices count in the layer's bytes.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2.
 """

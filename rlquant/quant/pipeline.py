@@ -1,8 +1,10 @@
-"""From float layers to quantized ones, by a method: transforms, then layer after layer, then finishing touches.
+"""From float layers to quantized ones, by a method: transforms, then layer after layer, then finishing
+touches.
 
-Layers are quantized in the order in which the module calls them, and each sees its inputs as the layers already
-quantized before it make them ("true sequential", as in GPTQ): it makes up for their errors. Layers that read the
-very same tensor, such as query, key and value projections, are one stage and share a pass of the data.
+Layers are quantized in the order in which the module calls them, and each sees its inputs as the layers
+already quantized before it make them ("true sequential", as in GPTQ): it makes up for their errors. Layers
+that read the very same tensor, such as query, key and value projections, are one stage and share a pass of
+the data.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class CallOrder:
         return _FirstInput(self._first, name)
 
     def stages(self) -> list[list[str]]:
-        """Names in order of their first call, neighbours that read the same tensor together; unused ones last."""
+        """Names in order of first call, neighbours that read the same tensor together; unused ones last."""
         stages: list[list[str]] = []
         last: Any = None
         for name, x in self._first.items():

@@ -42,7 +42,8 @@ def quantize_(
         scheme: a Scheme or its name. ``fp32`` changes nothing.
         method: how codes are chosen: a name of ``METHODS``, or several joined as in ``cle+gptq+bias``.
         calibration: inputs of the module, for schemes with static activations and for methods that look at
-            inputs: an iterable whose items are tuples of positional arguments or single arguments, or one tensor.
+            inputs: an iterable whose items are tuples of positional arguments or single arguments, or one
+            tensor.
         skip: layers to leave alone: qualified names, names of a parent, or patterns such as ``critic*``.
         sequential: methods that look at inputs see each layer's as the layers quantized before it make them;
             False shows them those of the float network.

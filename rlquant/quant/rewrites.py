@@ -1,8 +1,9 @@
 """Exact rewrites of float layers: the function stays the same, the weights become easier to quantize.
 
 A positive factor per channel passes through ReLU, ``relu(s x) = s relu(x)``, and through every other
-positively homogeneous layer. So ``W2 relu(W1 x + b1)`` equals ``(W2 S) relu(S^-1 (W1 x + b1))`` for a positive
-diagonal S: a producer's output channels are divided by ``s`` and its consumers' input channels multiplied.
+positively homogeneous layer. So ``W2 relu(W1 x + b1)`` equals ``(W2 S) relu(S^-1 (W1 x + b1))`` for a
+positive diagonal S: a producer's output channels are divided by ``s`` and its consumers' input channels
+multiplied.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def center_head_(head: nn.Linear) -> nn.Linear:
 
     All outputs shift by one common number, different for every input: an argmax over them and a softmax of
     them stay as they are. Value heads carry a large common part, which would otherwise take up the range of
-    the codes. Returns ``head``. Raises InputError where it is no Linear or has one output, which would vanish.
+    the codes. Returns ``head``. Raises InputError where it is no Linear or has one output, which would
+    vanish.
     """
     if not isinstance(head, nn.Linear) or head.out_features < 2:
         raise InputError(f"only a Linear head of several outputs can be centred, not {head}")

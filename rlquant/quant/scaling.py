@@ -1,8 +1,9 @@
 """The search that AWQ and SmoothQuant share: a factor per input channel, tried by the error it leaves.
 
 For positive ``s`` per input channel, ``W x = (W S)(S^-1 x)``: the weights of a channel grow by ``s`` and its
-inputs shrink. What changes is the rounding. A candidate's loss is the squared output error, on sampled inputs, of
-the scaled weight rounded to nearest and the scaled input on its activation grid. ``s = 1`` is always a candidate.
+inputs shrink. What changes is the rounding. A candidate's loss is the squared output error, on sampled
+inputs, of the scaled weight rounded to nearest and the scaled input on its activation grid. ``s = 1`` is
+always a candidate.
 
 Factors are divided by the smallest, so that no input grows: a grid that covered the input still does.
 """
@@ -30,7 +31,8 @@ FAINT = 1e-4  # a channel fainter than this share of the loudest counts as that 
 def scale_inputs_by_search_(bench: Bench, candidates: ChannelSizes) -> None:
     """Scale the inputs of every layer that allows it by the best of its candidates.
 
-    ``candidates(moments, largest_weight [channels], channels)`` gives factors ``[channels]``, up to a constant.
+    ``candidates(moments, largest_weight [channels], channels)`` gives factors ``[channels]``, up to a
+    constant.
     """
     groups = [(link, twins) for link, twins in bench.consumer_groups() if all(t.rescalable for t in twins)]
     moments = bench.moments((twin.name for _, twins in groups for twin in twins), sample=SAMPLE_ROWS)
@@ -41,11 +43,12 @@ def scale_inputs_by_search_(bench: Bench, candidates: ChannelSizes) -> None:
             continue
         weights = [bench.weight_channels(twin, channels) for twin in twins]
         largest = torch.stack([weight.abs().amax(dim=(0, 2)) for weight in weights]).amax(dim=0)
+        expected = [seen.rows[0] @ as_matrix(weight).to(torch.float32).t() for weight in weights]
         best = torch.ones(channels, device=largest.device)
-        best_loss = _loss(weights, seen.rows[0], best, bench.scheme)
+        best_loss = _loss(weights, seen.rows[0], expected, best, bench.scheme)
         for factors in candidates(seen, largest, channels):
             scale = _normalised(factors)
-            loss = _loss(weights, seen.rows[0], scale, bench.scheme)
+            loss = _loss(weights, seen.rows[0], expected, scale, bench.scheme)
             if loss < best_loss:
                 best, best_loss = scale, loss
         if bool((best != 1).any()):
@@ -58,20 +61,21 @@ def _normalised(factors: Tensor) -> Tensor:
     return factors / factors.min()
 
 
-def _loss(weights: list[Tensor], rows: Tensor, scale: Tensor, scheme: Scheme) -> float:
+def _loss(
+    weights: list[Tensor], rows: Tensor, expected: list[Tensor], scale: Tensor, scheme: Scheme
+) -> float:
     """Squared output error of weights ``[out, channels, k]`` on rows ``[m, channels * k]`` under a scale."""
     columns = scale.repeat_interleave(rows.shape[1] // len(scale))
     entering = _on_grid(rows / columns, scheme)
     total = 0.0
-    for weight in weights:
-        matrix = as_matrix(weight)
-        scaled = matrix.to(torch.float32) * columns
+    for weight, outputs in zip(weights, expected, strict=True):
+        scaled = as_matrix(weight).to(torch.float32) * columns
         qparams = nearest_qparams(scaled, scheme)
         assert qparams is not None
-        for part in row_chunks(*matrix.shape):
-            spread = spread_qparams(qparams, scheme, matrix.shape[1], part)
+        for part in row_chunks(*scaled.shape):
+            spread = spread_qparams(qparams, scheme, scaled.shape[1], part)
             restored = fake_quantize(scaled[part], spread, scheme.stored)
-            error = entering @ restored.t() - rows @ matrix[part].to(torch.float32).t()
+            error = entering @ restored.t() - outputs[:, part]
             total += float(error.square().sum(dtype=torch.float64))
     return total
 

@@ -4,9 +4,9 @@ One grid for a whole activation leaves few steps to its quiet channels. Dividing
 
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)   (equation 4)
 
-and multiplying the weights by it evens the channels out; alpha says how far. Here alpha is chosen for each layer
-from 0.1 to 0.9 by its output error with both weights and inputs rounded. The division is folded into the layer
-before where that is exact, and kept as an explicit input scale otherwise.
+and multiplying the weights by it evens the channels out; alpha says how far. Here alpha is chosen for each
+layer from 0.1 to 0.9 by its output error with both weights and inputs rounded. The division is folded into
+the layer before where that is exact, and kept as an explicit input scale otherwise.
 
 Source: Xiao et al. 2022, arXiv:2211.10438.
 """

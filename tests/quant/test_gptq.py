@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rlquant.errors import InputError
-from rlquant.quant import CalibrationWarning, InputMoments, QParams, Scheme, quantize_
+from rlquant.quant import CalibrationWarning, InputMoments, QParams, Scheme, get_format, quantize_
 from rlquant.quant.compensate import Factor, round_with_compensation
 from rlquant.quant.gptq import gptq
+from rlquant.quant.tensor import spread_qparams
 
 
 def obq(
     weight: np.ndarray, hessian: np.ndarray, order: list[int], scale: np.ndarray, limit: int
 ) -> np.ndarray:
-    """The codes of one row by the OBQ update (equation 2 of GPTQ) with the inverse computed anew each step."""
+    """The codes of one row by the OBQ update (equation 2), the inverse computed anew each step."""
     weight, left = weight.copy(), list(order)
     codes = np.zeros(len(weight))
     for q in order:
@@ -51,7 +52,8 @@ def test_codes_are_those_of_obq(scheme: str, act_order: bool, block: int) -> Non
     stored = scales[:1] if scheme.endswith("tensor") else scales
     qparams = QParams(torch.from_numpy(stored).float())
     factor = Factor(torch.from_numpy(hessian), 0.01, "", act_order)
-    values, losses = round_with_compensation(weight, qparams, parsed, factor, block)
+    rows = spread_qparams(qparams, parsed, 24).scale.expand(6, -1)
+    values, losses = round_with_compensation(weight, QParams(rows), parsed.stored, factor, block)
     order = np.argsort(-np.diag(hessian), kind="stable").tolist() if act_order else list(range(24))
     damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(24)
     spread = np.repeat(scales, group, axis=1)[:, :24]
@@ -90,7 +92,7 @@ def test_near_the_best_of_all_codes_of_a_tiny_layer() -> None:
         best += sum(brute_force(row, hessian, np.abs(row).max(), 1) for row in w)
         qparams = QParams(layer.weight.detach().abs().amax(1, keepdim=True))
         factor = Factor(torch.from_numpy(hessian), 0.01, "")
-        values, _ = round_with_compensation(layer.weight.detach(), qparams, Scheme.parse("int2"), factor)
+        values, _ = round_with_compensation(layer.weight.detach(), qparams, get_format("int2"), factor)
         ours += row_losses(w - values.double().numpy(), hessian).sum()
         searched += 2 * loss_of(layer, "int2", "gptq", x)
         nearest += 2 * loss_of(layer, "int2", "rtn", x)
@@ -108,7 +110,7 @@ def test_the_target_is_the_output_of_the_float_network() -> None:
 
 
 def test_the_least_squares_target_is_that_of_lstsq() -> None:
-    """Without rounding to speak of, the layer is the ridge regression of the float output on drifted inputs."""
+    """Almost without rounding, the layer is the ridge regression of the float output on its inputs."""
     float_inputs = correlated(3000, 12)
     noise = 0.5 * torch.randn(3000, 12, generator=torch.Generator().manual_seed(5))
     drifted = 0.8 * float_inputs + noise + 0.3
