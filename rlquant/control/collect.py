@@ -13,7 +13,7 @@ from rlquant.control.agent import Agent
 from rlquant.control.rollout import EnvPool, rollout
 from rlquant.control.session import Session, batch_of_one
 
-__all__ = ["CALIBRATION_SEED", "Inputs", "collect", "raw_observations"]
+__all__ = ["CALIBRATION_SEED", "Inputs", "collect", "joined_states", "raw_observations"]
 
 CALIBRATION_SEED = 1_000_000_000
 """Added to the seed of calibration episodes, so that they are never among those that score a policy."""
@@ -78,7 +78,7 @@ def collect(
     rollout(agent, range(episodes), seed=seed, pool=pool, recorder=thinned)
     parts = {key: torch.cat([kept[key] for kept, _ in thinned.kept]) for key in agent.parts}
     states = [state for _, state in thinned.kept]
-    return Inputs(parts, _joined(states))
+    return Inputs(parts, joined_states(states))
 
 
 def raw_observations(agent: Agent, *, seed: int, count: int = 256, pool: EnvPool | None = None) -> list[Any]:
@@ -110,7 +110,8 @@ def _columns(state: Any, first: int, last: int | None) -> Any:
     return state[:, first:last].cpu().clone()
 
 
-def _joined(states: list[Any]) -> Any:
+def joined_states(states: list[Any]) -> Any:
+    """States ``[layers, n, hidden]`` of one kind (a tensor, a pair or None) joined along ``n``."""
     if states[0] is None:
         return None
     if isinstance(states[0], tuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlquant.control.actor import Actor
 from rlquant.control.agent import Agent
-from rlquant.control.collect import collect
+from rlquant.control.collect import collect, joined_states
 from rlquant.control.rollout import EnvPool, rollout
 
 __all__ = ["CHUNK", "Lesson", "record", "unroll"]
@@ -64,7 +64,7 @@ class Lesson:
         labels, valid = (
             torch.cat([getattr(lesson, name) for lesson in lessons]) for name in ("labels", "valid")
         )
-        state = _joined_states([lesson.state for lesson in lessons])
+        state = joined_states([lesson.state for lesson in lessons])
         return Lesson(parts, labels, valid, state)
 
 
@@ -149,16 +149,7 @@ def _label_episode(actor: Actor, episode: dict[str, Tensor]) -> Lesson:
         out, state = actor.rnn(x.unsqueeze(1), state)  # [CHUNK, 1, hidden]
         labels.append(actor.trunk(out.squeeze(1)))
     valid = torch.arange(count * CHUNK).view(count, CHUNK) < length
-    return Lesson(parts, torch.stack(labels), valid, _joined_states(states))
-
-
-def _joined_states(states: list[Any]) -> Any:
-    """States ``[layers, n, hidden]`` of one kind (tensor, pair or None) joined along ``n``."""
-    if states[0] is None:
-        return None
-    if isinstance(states[0], tuple):
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
-    return torch.cat(states, dim=1)
+    return Lesson(parts, torch.stack(labels), valid, joined_states(states))
 
 
 def _map(state: Any, function: Any) -> Any:
