@@ -23,13 +23,18 @@ from rlquant.quant.scheme import Scheme
 
 __all__ = ["Bench", "Twin"]
 
+_FP32 = Scheme.parse("fp32")
+
 
 class Twin:
-    """What stands for one layer: ``input_scale`` ``[channels]`` multiplies its input, ``outliers`` (int64
-    ``[k]``) are input channels that stay in 16 bit, ``quantized`` is the finished layer."""
+    """What stands for one layer.
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        self.name, self.original, self.layer = name, layer, layer
+    ``scheme`` says what it becomes, ``input_scale`` ``[channels]`` multiplies its input, ``outliers`` (int64
+    ``[k]``) are input channels that stay in 16 bit, ``quantized`` is the finished layer.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, scheme: Scheme) -> None:
+        self.name, self.original, self.layer, self.scheme = name, layer, layer, scheme
         self.input_scale: Tensor | None = None
         self.outliers: Tensor | None = None
         self.quantized: QuantizedLayer | None = None
@@ -99,15 +104,15 @@ class Bench:
     def __init__(
         self,
         module: nn.Module,
-        layers: Mapping[str, nn.Module],
-        scheme: Scheme,
+        schemes: Mapping[str, Scheme],
         calibration: Calibration | None,
         links: Sequence[Link] | None = None,
     ) -> None:
-        self.module, self.scheme, self.calibration = module, scheme, calibration
-        self.twins = {name: Twin(name, layer) for name, layer in layers.items()}
+        """``schemes`` names the layers and says what each becomes; ``links`` are found where None is given."""
+        self.module, self.calibration = module, calibration
+        self.twins = {name: Twin(name, module.get_submodule(name), each) for name, each in schemes.items()}
         self.norms: dict[str, Twin] = {}
-        self.links = find_links(module, layers) if links is None else [*links]
+        self.links = find_links(module, schemes) if links is None else [*links]
 
     @property
     def originals(self) -> dict[str, nn.Module]:
@@ -198,7 +203,7 @@ class Bench:
         if link.producer in self.twins:
             return self.twins[link.producer]
         if link.producer not in self.norms:
-            self.norms[link.producer] = Twin(link.producer, self.module.get_submodule(link.producer))
+            self.norms[link.producer] = Twin(link.producer, self.module.get_submodule(link.producer), _FP32)
         return self.norms[link.producer]
 
 

@@ -39,7 +39,8 @@ def run_method(bench: Bench, method: Method, *, sequential: bool = True) -> None
 
     Raises InputError, naming the layer where it is one layer's fault.
     """
-    method.check(bench.scheme)
+    for scheme in {twin.scheme: None for twin in bench.twins.values()}:
+        method.check(scheme)
     if method.needs_calibration:
         bench.keep_batches()
     for transform in method.transforms:
@@ -48,7 +49,7 @@ def run_method(bench: Bench, method: Method, *, sequential: bool = True) -> None
     ranges, order = _float_pass(bench, reads_inputs)
     activations = {name: statistic.qparams() for name, statistic in ranges.items()}
     for stage in order.stages() if reads_inputs and sequential else [list(bench.twins)]:
-        empty = {name: _empty(bench.twins[name], bench.scheme, activations.get(name)) for name in stage}
+        empty = {name: _empty(bench.twins[name], activations.get(name)) for name in stage}
         moments = _moments(bench, empty, method) if reads_inputs else {}
         for name, layer in empty.items():
             with _naming(bench.twins[name]):
@@ -93,19 +94,21 @@ class _FirstInput:
 def _float_pass(bench: Bench, reads_inputs: bool) -> tuple[dict[str, RangeStatistic], CallOrder]:
     """One pass of the float network: activation ranges and the order of calls, as needed."""
     order = CallOrder(list(bench.twins))
-    ranges: dict[str, RangeStatistic] = {}
-    if bench.scheme.needs_calibration:
-        ranges = {name: RangeStatistic(name, twin.layer, bench.scheme) for name, twin in bench.twins.items()}
+    ranges = {
+        name: RangeStatistic(name, twin.layer, twin.scheme)
+        for name, twin in bench.twins.items()
+        if twin.scheme.needs_calibration
+    }
     if ranges or reads_inputs:
         parts = (ranges, {name: order.statistic(name) for name in bench.twins})
         bench.observe({name: [part[name] for part in parts if name in part] for name in bench.twins})
     return ranges, order
 
 
-def _empty(twin: Twin, scheme: Scheme, activations: dict[str, QParams] | None) -> QuantizedLayer:
+def _empty(twin: Twin, activations: dict[str, QParams] | None) -> QuantizedLayer:
     """The quantized layer of a twin with its activation grids, still without codes."""
     with _naming(twin):
-        layer = empty_layer(twin.layer, scheme)
+        layer = empty_layer(twin.layer, twin.scheme)
     if activations:
         layer.set_activations(activations)
     return layer

@@ -32,6 +32,7 @@ def quantize_(
     method: str = "rtn",
     calibration: Calibration | None = None,
     skip: Collection[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
     sequential: bool = True,
     links: Sequence[Link] | None = None,
 ) -> nn.Module:
@@ -45,6 +46,8 @@ def quantize_(
             inputs: an iterable whose items are tuples of positional arguments or single arguments, or one
             tensor.
         skip: layers to leave alone: qualified names, names of a parent, or patterns such as ``critic*``.
+        schemes: schemes of single layers, named as in ``skip``; of several that match, the last counts. One
+            call for all layers lets later ones make up for the error of earlier ones, unlike several calls.
         sequential: methods that look at inputs see each layer's as the layers quantized before it make them;
             False shows them those of the float network.
         links: where scales can be folded, besides what can be read off ``nn.Sequential`` (see
@@ -58,27 +61,48 @@ def quantize_(
     Warns:
         CalibrationWarning: where the data does not suffice for the method; it says what was done instead.
     """
-    scheme, chosen = as_scheme(scheme), get_method(method)
-    if scheme.is_identity:
+    chosen = get_method(method)
+    by_layer = _schemes(module, as_scheme(scheme), skip, schemes)
+    if not by_layer:
         return module
-    layers = select_layers(module, skip)
-    if calibration is None and (scheme.needs_calibration or chosen.needs_calibration):
-        raise InputError(_missing_calibration(scheme, chosen))
-    bench = Bench(module, layers, scheme, calibration, links)
+    if calibration is None:
+        for each in by_layer.values():
+            if each.needs_calibration or chosen.needs_calibration:
+                raise InputError(_missing_calibration(each, chosen))
+    bench = Bench(module, by_layer, calibration, links)
     run_method(bench, chosen, sequential=sequential)
     return replace_layers(module, bench.originals, bench.finished)
 
 
-def prepare_empty_(module: nn.Module, scheme: str | Scheme, skip: Collection[str] = ()) -> nn.Module:
+def prepare_empty_(
+    module: nn.Module,
+    scheme: str | Scheme,
+    skip: Collection[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
+) -> nn.Module:
     """Swap in quantized layers without weights, for ``load_state_dict`` to restore a quantized module.
 
     Same arguments, result and errors as :func:`quantize_`.
     """
-    scheme = as_scheme(scheme)
-    if scheme.is_identity:
-        return module
+    by_layer = _schemes(module, as_scheme(scheme), skip, schemes)
+    layers = {name: module.get_submodule(name) for name in by_layer}
+    return replace_layers(module, layers, lambda name: empty_layer(layers[name], by_layer[name]))
+
+
+def _schemes(
+    module: nn.Module, scheme: Scheme, skip: Collection[str], schemes: Mapping[str, str | Scheme] | None
+) -> dict[str, Scheme]:
+    """What each layer becomes; those that stay fp32 are left out."""
+    if scheme.is_identity and not schemes:
+        return {}
     layers = select_layers(module, skip)
-    return replace_layers(module, layers, lambda name: empty_layer(layers[name], scheme))
+    by_layer = dict.fromkeys(layers, scheme)
+    for pattern, other in (schemes or {}).items():
+        matching = [name for name in layers if _matches(name, pattern)]
+        if not matching:
+            raise unknown_name("layer in schemes:", pattern, layers)
+        by_layer |= dict.fromkeys(matching, as_scheme(other))
+    return {name: each for name, each in by_layer.items() if not each.is_identity}
 
 
 def as_scheme(scheme: str | Scheme) -> Scheme:

@@ -41,14 +41,15 @@ def scale_inputs_by_search_(bench: Bench, candidates: ChannelSizes) -> None:
         seen = moments[twins[0].name].by_matrix["packed"]
         if seen.count == 0:
             continue
-        weights = [bench.weight_channels(twin, channels) for twin in twins]
-        largest = torch.stack([weight.abs().amax(dim=(0, 2)) for weight in weights]).amax(dim=0)
-        expected = [seen.rows[0] @ as_matrix(weight).to(torch.float32).t() for weight in weights]
+        consumers = [
+            _Consumer(bench.weight_channels(twin, channels), twin.scheme, seen.rows[0]) for twin in twins
+        ]
+        largest = torch.stack([each.largest for each in consumers]).amax(dim=0)
         best = torch.ones(channels, device=largest.device)
-        best_loss = _loss(weights, seen.rows[0], expected, best, bench.scheme)
+        best_loss = sum(each.loss(best) for each in consumers)
         for factors in candidates(seen, largest, channels):
             scale = _normalised(factors)
-            loss = _loss(weights, seen.rows[0], expected, scale, bench.scheme)
+            loss = sum(each.loss(scale) for each in consumers)
             if loss < best_loss:
                 best, best_loss = scale, loss
         if bool((best != 1).any()):
@@ -61,23 +62,28 @@ def _normalised(factors: Tensor) -> Tensor:
     return factors / factors.min()
 
 
-def _loss(
-    weights: list[Tensor], rows: Tensor, expected: list[Tensor], scale: Tensor, scheme: Scheme
-) -> float:
-    """Squared output error of weights ``[out, channels, k]`` on rows ``[m, channels * k]`` under a scale."""
-    columns = scale.repeat_interleave(rows.shape[1] // len(scale))
-    entering = _on_grid(rows / columns, scheme)
-    total = 0.0
-    for weight, outputs in zip(weights, expected, strict=True):
-        scaled = as_matrix(weight).to(torch.float32) * columns
-        qparams = nearest_qparams(scaled, scheme)
+class _Consumer:
+    """A weight ``[out, channels, k]`` and rows ``[m, channels * k]`` that it reads."""
+
+    def __init__(self, weight: Tensor, scheme: Scheme, rows: Tensor) -> None:
+        self.matrix, self.scheme, self.rows = as_matrix(weight).to(torch.float32), scheme, rows
+        self.largest = weight.abs().amax(dim=(0, 2))
+        self.outputs = rows @ self.matrix.t()
+
+    def loss(self, scale: Tensor) -> float:
+        """Squared error of the output under factors ``[channels]``, everything rounded."""
+        columns = scale.repeat_interleave(self.rows.shape[1] // len(scale))
+        entering = _on_grid(self.rows / columns, self.scheme)
+        scaled = self.matrix * columns
+        qparams = nearest_qparams(scaled, self.scheme)
         assert qparams is not None
+        total = 0.0
         for part in row_chunks(*scaled.shape):
-            spread = spread_qparams(qparams, scheme, scaled.shape[1], part)
-            restored = fake_quantize(scaled[part], spread, scheme.stored)
-            error = entering @ restored.t() - outputs[:, part]
+            spread = spread_qparams(qparams, self.scheme, scaled.shape[1], part)
+            restored = fake_quantize(scaled[part], spread, self.scheme.stored)
+            error = entering @ restored.t() - self.outputs[:, part]
             total += float(error.square().sum(dtype=torch.float64))
-    return total
+        return total
 
 
 def _on_grid(rows: Tensor, scheme: Scheme) -> Tensor:

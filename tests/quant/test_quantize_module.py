@@ -212,6 +212,32 @@ def test_mixed_precision_is_two_calls() -> None:
     assert torch.equal(restored(x), policy(x))
 
 
+def test_mixed_precision_in_one_call() -> None:
+    x = observations()
+    schemes = {"trunk": "int8", "trunk.3": "w4a6", "critic": "fp32"}
+    policy = quantize_(Policy().eval(), "w4a8", schemes=schemes, calibration=x)
+    assert types(policy) == dict(zip(ALL_LAYERS, ["QuantLinear"] * 3 + ["Linear"] * 2, strict=True))
+    names = [policy.trunk[0].scheme.name, policy.trunk[3].scheme.name, policy.actor.scheme.name]
+    assert names == ["int8", "w4a6", "w4a8"]
+    restored = prepare_empty_(Policy().eval(), "w4a8", schemes=schemes)
+    restored.load_state_dict(policy.state_dict())
+    assert torch.equal(restored(x), policy(x))
+    refused("unknown layer in schemes: 'actr'. Did you mean 'actor'", "int8", schemes={"actr": "int4"})
+    refused("Did you mean 'int4'", "int8", schemes={"actor": "itn4"})
+    refused("w4a8 needs calibration data", "int8", schemes={"actor": "w4a8"})
+
+
+def test_one_call_lets_later_layers_make_up_for_earlier_ones() -> None:
+    x = observations(500)
+    expected = Policy().eval()(x)
+    schemes = {"trunk.0": "int2"}
+    once = quantize_(Policy().eval(), "int4", method="gptq", calibration=x, schemes=schemes, skip=["critic"])
+    twice = quantize_(Policy().eval(), "int4", method="gptq", calibration=x, skip=["trunk.0", "critic"])
+    quantize_(twice, "int2", method="gptq", calibration=x, skip=["critic"])
+    errors = [(each(x) - expected).square().mean() for each in (once, twice)]
+    assert errors[0] < 0.6 * errors[1]
+
+
 def test_an_artifact_of_another_scheme_does_not_load() -> None:
     state = quantize_(Policy(), "int8").state_dict()
     with pytest.raises(RuntimeError, match="size mismatch"):

@@ -39,7 +39,7 @@ def image_net() -> nn.Sequential:
 
 def rewritten(module: nn.Module, transform: str, scheme: str, x: torch.Tensor) -> nn.Module:
     """A float copy that only the transform has changed."""
-    bench = Bench(module, quantizable(module), Scheme.parse(scheme), x)
+    bench = Bench(module, dict.fromkeys(quantizable(module), Scheme.parse(scheme)), x)
     part = METHODS[transform]
     assert isinstance(part, Transform)
     part.apply(bench)
