@@ -64,7 +64,7 @@ class Distillation:
         seed: of everything.
     """
 
-    rounds: int = 12
+    rounds: int = 16
     steps: int = 1000
     batch: int = 256
     rollout_steps: int = 8192
