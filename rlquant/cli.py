@@ -40,6 +40,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of episode 0; epis
 CalibrationOption = Annotated[
     int, typer.Option("--calibration-episodes", help="On-policy episodes that fix activation ranges.")
 ]
+ClosedLoopOption = Annotated[
+    int, typer.Option("--closed-loop", help="Rounds of playing quantized and calibrating again.")
+]
 # What Typer's parser raises; Typer names only a child of it.
 _UsageError: Any = typer.BadParameter.__base__
 KINDS = ("agents", "envs", "recipes", "schemes")
@@ -76,6 +79,7 @@ def evaluate(
     ] = False,
     max_episodes: Annotated[int, typer.Option("--max-episodes", help="Where --sequential stops.")] = 2000,
     calibration_episodes: CalibrationOption = 8,
+    closed_loop: ClosedLoopOption = 0,
     runtime: Annotated[str, typer.Option("--runtime", help="auto or torch.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
@@ -107,6 +111,7 @@ def evaluate(
             sequential=sequential,
             max_episodes=max_episodes,
             calibration_episodes=calibration_episodes,
+            closed_loop=closed_loop,
             runtime=runtime,
             device=device,
             workers=workers,
@@ -128,13 +133,14 @@ def quantize(
     env: EnvOption = None,
     seed: SeedOption = 0,
     calibration_episodes: CalibrationOption = 8,
+    closed_loop: ClosedLoopOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Write a quantized artifact: packed weights as safetensors and JSON, no pickle."""
     from rlquant.commands import run_quantize
 
-    run_quantize(source, scheme, method, out, env, seed, calibration_episodes, normaliser, trust)
+    run_quantize(source, scheme, method, out, env, seed, calibration_episodes, closed_loop, normaliser, trust)
 
 
 @app.command()

@@ -36,6 +36,7 @@ class EvaluateOptions:
     sequential: bool
     max_episodes: int
     calibration_episodes: int
+    closed_loop: int
     runtime: str
     device: str
     workers: int
@@ -60,6 +61,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         margin=options.margin,
         confidence=options.confidence,
         calibration_episodes=options.calibration_episodes,
+        closed_loop=options.closed_loop,
         sequential=options.sequential,
         max_episodes=options.max_episodes,
         device=_device(options.device),
@@ -117,28 +119,36 @@ def run_quantize(
     env: str | None,
     seed: int,
     calibration_episodes: int,
+    closed_loop: int,
     normaliser: Path | None,
     trust: bool,
 ) -> None:
     """Quantize an agent and write its artifact."""
     from rich.console import Console
 
-    from rlquant.control import Settings, collect, load, quantize_agent, save_artifact
-    from rlquant.control.collect import CALIBRATION_SEED
+    from rlquant.control import EnvPool, Quantizer, Settings, load, save_artifact
     from rlquant.control.methods import parse_method
-    from rlquant.quant import Scheme, weight_bytes
+    from rlquant.quant import MixedScheme, weight_bytes
 
-    scheme, chosen = Scheme.parse(scheme_name), parse_method(method)
-    Settings(seed=seed, calibration_episodes=calibration_episodes)  # the same limits as in an evaluation
+    scheme = MixedScheme.parse(scheme_name)
+    parse_method(method).check(scheme)
+    # The same limits as in an evaluation.
+    limits = Settings(seed=seed, calibration_episodes=calibration_episodes, closed_loop=closed_loop)
     agent = load(source, env=env, normaliser=normaliser, trust=trust)
     if agent.precision != "fp32":
         raise InputError(
             f"{source} is quantized to {agent.precision} already; quantize the agent it was made from"
         )
-    inputs = None
-    if scheme.activations is not None or chosen.needs_inputs:
-        inputs = collect(agent, calibration_episodes, seed=seed + CALIBRATION_SEED)
-    quantized = quantize_agent(agent, scheme, method=method, inputs=inputs)
+    pool = EnvPool(agent.env)
+    quantizer = Quantizer(
+        agent,
+        pool,
+        seed=limits.seed,
+        calibration_episodes=limits.calibration_episodes,
+        closed_loop=limits.closed_loop,
+    )
+    quantized = quantizer.quantize(scheme, method)
+    pool.close()
     total = save_artifact(quantized, out)
     before, after = weight_bytes(agent.actor), weight_bytes(quantized.actor)
     Console().print(

@@ -8,27 +8,32 @@
 from rlquant.control.agent import Agent
 from rlquant.control.artifact import load_artifact, save_artifact
 from rlquant.control.collect import Inputs, collect
+from rlquant.control.distill import Distillation, distill
 from rlquant.control.environment import EnvSpec, make_env
 from rlquant.control.evaluate import Evaluation, Settings, evaluate
 from rlquant.control.head import Head
 from rlquant.control.load import from_sb3, load
 from rlquant.control.normaliser import Normaliser
 from rlquant.control.quantize import quantize_agent
+from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool, Rollout, rollout
 from rlquant.control.session import Session
 
 __all__ = [
     "Agent",
+    "Distillation",
     "EnvPool",
     "EnvSpec",
     "Evaluation",
     "Head",
     "Inputs",
     "Normaliser",
+    "Quantizer",
     "Rollout",
     "Session",
     "Settings",
     "collect",
+    "distill",
     "evaluate",
     "from_sb3",
     "load",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from rlquant.control.head import Head
 from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.observation import ObservationPart
 from rlquant.errors import InputError
-from rlquant.quant import Scheme, prepare_empty_
+from rlquant.quant import MixedScheme, prepare_empty_
 from rlquant.runs import write_atomic
 
-__all__ = ["SCHEMA", "artifact_files", "load_artifact", "save_artifact"]
+__all__ = ["SCHEMA", "agent_from_files", "artifact_files", "load_artifact", "save_artifact"]
 
 SCHEMA = "rlquant.policy/1"
+FILES = ("policy.json", "policy.safetensors")
 
 
 def artifact_files(agent: Agent) -> dict[str, bytes]:
@@ -80,15 +82,31 @@ def load_artifact(folder: str | Path) -> Agent:
     Raises:
         InputError: it is incomplete, damaged, of a newer schema, or its tensors are not those it was saved with.
     """
+    files = {}
+    for name in FILES:
+        path = Path(folder) / name
+        try:
+            files[name] = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return agent_from_files(files, str(folder))
+
+
+def agent_from_files(files: Mapping[str, bytes], source: str) -> Agent:
+    """The agent of an artifact's files, as :func:`artifact_files` makes them; runs none of their content.
+
+    Args:
+        files: content by name.
+        source: where they come from, for the agent and for messages.
+
+    Raises:
+        InputError: as :func:`load_artifact`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(folder)
-    document = _read_document(path / "policy.json")
-    try:
-        raw = (path / "policy.safetensors").read_bytes()
-    except OSError as error:
-        raise InputError(f"{path / 'policy.safetensors'} cannot be read: {error.strerror}") from None
+    path = Path(source)
+    document, raw = _document(files["policy.json"], path / "policy.json"), files["policy.safetensors"]
     if hashlib.sha256(raw).hexdigest() != document["tensors_sha256"]:
         raise InputError(
             f"{path / 'policy.safetensors'} is not the file that policy.json was saved with; it was damaged or swapped"
@@ -101,11 +119,9 @@ def load_artifact(folder: str | Path) -> Agent:
         raise InputError(f"{path / 'policy.json'} does not describe its tensors: {error}") from None
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def _document(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        document = json.loads(content)
     except ValueError:
         raise InputError(f"{path} is damaged: it is not JSON") from None
     schema = document.get("schema") if isinstance(document, dict) else None
@@ -118,7 +134,11 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def _agent(document: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Agent:
     actor = Actor.build(document["actor"])
-    apply_scheme_(actor, Scheme.parse(document["precision"]), prepare_empty_)
+    apply_scheme_(
+        actor,
+        MixedScheme.parse(document["precision"]),
+        lambda module, base, schemes: prepare_empty_(module, base, schemes=schemes),
+    )
     actor.load_state_dict(tensors)
     parts = {key: ObservationPart.from_json(part) for key, part in document["observation"].items()}
     return Agent(

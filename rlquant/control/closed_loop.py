@@ -21,7 +21,7 @@ from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect, joined_st
 from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool
 from rlquant.errors import InputError
-from rlquant.quant import Scheme
+from rlquant.quant import MixedScheme, Scheme
 
 __all__ = ["ClosedLoop", "Shift", "observation_shift", "quantize_in_closed_loop"]
 
@@ -74,7 +74,7 @@ class ClosedLoop:
 
 def quantize_in_closed_loop(
     agent: Agent,
-    scheme: str | Scheme,
+    scheme: str | Scheme | MixedScheme,
     *,
     method: str = "rtn",
     rounds: int = 1,
@@ -100,7 +100,6 @@ def quantize_in_closed_loop(
         raise InputError(
             f"a closed loop needs at least one round and one episode, not {min(rounds, episodes)}"
         )
-    scheme = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     own = pool or EnvPool(agent.env)
     first = seed + CALIBRATION_SEED
     try:

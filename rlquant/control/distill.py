@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ from rlquant.control.rollout import EnvPool, rollout
 from rlquant.control.student import Student
 from rlquant.errors import InputError
 from rlquant.measure import single_thread
-from rlquant.quant import Scheme
+from rlquant.quant import MixedScheme, Scheme
 
-__all__ = ["DAGGER_SEED", "SELECTION_SEED", "Distillation", "DistillationRound", "distill"]
+__all__ = ["DAGGER_SEED", "SELECTION_SEED", "TRAINED", "Distillation", "DistillationRound", "distill"]
 
 DAGGER_SEED = 2 * CALIBRATION_SEED
 """Added to the seed of the students' episodes that the teacher labels."""
@@ -61,7 +60,6 @@ class Distillation:
         feature_lr: for the relative sizes of the observations.
         selection_episodes: that each student of the second half of the rounds plays.
         observer: the range rule that the student's grids start from.
-        seed: of everything.
     """
 
     rounds: int = 16
@@ -75,7 +73,6 @@ class Distillation:
     feature_lr: float = 1e-2
     selection_episodes: int = 16
     observer: str = "mse"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch", "rollout_steps", "window", "selection_episodes"):
@@ -85,8 +82,10 @@ class Distillation:
             raise InputError(f"teacher_share is a share of the batch, 0 to 1, not {self.teacher_share}")
         if min(self.lr, self.grid_lr, self.feature_lr) < 0 or self.lr == 0:
             raise InputError("learning rates are positive (grid_lr and feature_lr may be 0)")
-        if not 0 <= self.seed < CALIBRATION_SEED - _MAX_EPISODES * self.rounds:
-            raise InputError(f"the seed must be between 0 and about {CALIBRATION_SEED:,}, not {self.seed}")
+
+
+TRAINED = {"qat": Distillation(rounds=1, steps=4000), "distill": Distillation()}
+"""The settings behind the method names ``qat`` (the teacher's episodes alone) and ``distill``."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,12 @@ class DistillationRound:
 
 def distill(
     agent: Agent,
-    scheme: str | Scheme,
+    scheme: str | Scheme | MixedScheme,
     *,
+    settings: Distillation | None = None,
+    seed: int = 0,
+    pool: EnvPool | None = None,
     progress: Callable[[DistillationRound], None] | None = None,
-    **settings: Any,
 ) -> Agent:
     """A quantized agent that was taught by ``agent`` to act as it does.
 
@@ -118,11 +119,14 @@ def distill(
     Args:
         agent: an fp32 agent; it stays as it is.
         scheme: integer weights of 2 to 16 bits; activations static, dynamic or float.
+        settings: by default ``TRAINED["distill"]``.
+        seed: of everything.
+        pool: environments to reuse.
         progress: called after each round.
-        **settings: fields of :class:`Distillation`.
 
     Returns:
-        The best student, an ordinary quantized agent with method ``distill``.
+        The best student, an ordinary quantized agent with method ``distill``, or ``qat`` where it learned from
+        the teacher's episodes alone.
 
     Raises:
         InputError: the agent is quantized already, the scheme has no integer grid, or a setting is out of
@@ -130,22 +134,27 @@ def distill(
     """
     if agent.precision != "fp32":
         raise InputError(f"{agent.source} is quantized to {agent.precision} already; distil the fp32 agent")
-    chosen = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
-    pool = EnvPool(agent.env)
+    settings = settings or TRAINED["distill"]
+    if not 0 <= seed < CALIBRATION_SEED - _MAX_EPISODES * settings.rounds:
+        raise InputError(f"the seed must be between 0 and about {CALIBRATION_SEED:,}, not {seed}")
+    own = pool or EnvPool(agent.env)
     try:
         with single_thread():
-            return _Classroom(agent, chosen, Distillation(**settings), pool).teach(progress)
+            return _Classroom(agent, MixedScheme.of(scheme), settings, seed, own).teach(progress)
     finally:
-        pool.close()
+        if pool is None:
+            own.close()
 
 
 class _Classroom:
     """Teacher, student, the data and the optimiser of one distillation."""
 
-    def __init__(self, teacher: Agent, scheme: Scheme, settings: Distillation, pool: EnvPool) -> None:
-        self.teacher, self.settings, self.pool = teacher, settings, pool
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        seed = settings.seed + CALIBRATION_SEED
+    def __init__(
+        self, teacher: Agent, scheme: MixedScheme, settings: Distillation, seed: int, pool: EnvPool
+    ) -> None:
+        self.teacher, self.settings, self.seed, self.pool = teacher, settings, seed, pool
+        self.generator = torch.Generator().manual_seed(seed)
+        seed += CALIBRATION_SEED
         calibration = rollout(teacher, range(_CALIBRATION_EPISODES), seed=seed, pool=pool)
         self.episodes = _episodes(settings.rollout_steps, float(calibration.lengths.mean()))
         self.student = Student(
@@ -166,10 +175,11 @@ class _Classroom:
 
     def teach(self, progress: Callable[[DistillationRound], None] | None) -> Agent:
         settings = self.settings
-        best, best_score = self.student.acting("distill"), -math.inf
+        method = "distill" if settings.rounds > 1 else "qat"
+        best, best_score = self.student.acting(method), -math.inf
         for number in range(settings.rounds):
             loss = self._train()
-            acting, score = self.student.acting("distill"), None
+            acting, score = self.student.acting(method), None
             if number >= settings.rounds // 2:
                 score = self._select(acting)
                 if score >= best_score:
@@ -177,7 +187,7 @@ class _Classroom:
             if number + 1 < settings.rounds:
                 first = number * self.episodes
                 episodes = range(first, first + self.episodes)
-                self._record(acting, episodes, settings.seed + DAGGER_SEED, settings.rollout_steps)
+                self._record(acting, episodes, self.seed + DAGGER_SEED, settings.rollout_steps)
             if progress is not None:
                 progress(DistillationRound(number, loss, score))
         return best
@@ -218,7 +228,7 @@ class _Classroom:
         return torch.randint(count, (size,), generator=self.generator)
 
     def _select(self, acting: Agent) -> float:
-        seed = self.settings.seed + SELECTION_SEED
+        seed = self.seed + SELECTION_SEED
         played = rollout(acting, range(self.settings.selection_episodes), seed=seed, pool=self.pool)
         return float(played.returns.mean())
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from rlquant import catalog
 from rlquant.control.agent import Agent
-from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect
+from rlquant.control.collect import CALIBRATION_SEED
 from rlquant.control.environment import random_scores
 from rlquant.control.methods import parse_method
 from rlquant.control.profile import Profiler
-from rlquant.control.quantize import quantize_agent
+from rlquant.control.quantizer import Pieces, Quantizer
 from rlquant.control.rollout import EnvPool, rollout
 from rlquant.errors import InputError
 from rlquant.measure import Measurement, Retention, Score, Size, compare
-from rlquant.quant import Scheme, get_method
+from rlquant.quant import MixedScheme
 
-__all__ = ["LOOKS", "Evaluation", "Pieces", "Settings", "evaluate"]
+__all__ = ["LOOKS", "Evaluation", "Settings", "evaluate"]
 
 LOOKS = 5
 """How often a sequential run may look; each look's interval has confidence ``1 - (1 - c) / LOOKS`` (Bonferroni)."""
@@ -45,6 +45,7 @@ class Settings:
         margin: share of the reward that may be lost.
         confidence: of the two-sided intervals.
         calibration_episodes: on other seeds than any that scores.
+        closed_loop: rounds in which the quantized agent plays and is calibrated again.
         sequential: run more episodes where a verdict is undecided.
         max_episodes: where a sequential run stops.
         device: where the network runs.
@@ -57,6 +58,7 @@ class Settings:
     margin: float = 0.02
     confidence: float = 0.95
     calibration_episodes: int = 8
+    closed_loop: int = 0
     sequential: bool = False
     max_episodes: int = 2000
     device: str = "cpu"
@@ -67,6 +69,8 @@ class Settings:
                 f"at least one episode is needed, not {min(self.episodes, self.calibration_episodes)}; "
                 "20 give a first impression, 100 an interval worth quoting"
             )
+        if self.closed_loop < 0:
+            raise InputError(f"--closed-loop counts rounds: 0 (none) or more, not {self.closed_loop}")
         if self.max_episodes < 1:
             raise InputError(f"--max-episodes must be at least 1, not {self.max_episodes}")
         if not 0 <= self.seed < CALIBRATION_SEED - self.max_episodes:
@@ -91,44 +95,34 @@ class Settings:
         """Which method cannot do which scheme, where another does it."""
         return [
             f"{method} cannot do {scheme.name}"
-            for scheme in map(Scheme.parse, self.precisions)
+            for scheme in map(MixedScheme.parse, self.precisions)
             for method in self.methods
             if not scheme.is_identity and not parse_method(method).can(scheme)
         ]
 
-    def schemes(self) -> list[tuple[Scheme, str]]:
+    def schemes(self) -> list[tuple[MixedScheme, str]]:
         """(scheme, method) of each row: fp32 first, then in the order given, none twice.
 
         Raises:
             InputError: a scheme is unknown, or none of the methods can do it.
         """
-        rows = [(Scheme.parse("fp32"), "none")]
+        rows = [(MixedScheme.parse("fp32"), "none")]
         for name in self.precisions:
-            scheme = Scheme.parse(name)
+            scheme = MixedScheme.parse(name)
             able = [method for method in self.methods if parse_method(method).can(scheme)]
             if scheme.is_identity:
                 able = ["none"]
             elif not able:
-                get_method(parse_method(self.methods[0]).layers).check(scheme)
+                parse_method(self.methods[0]).check(scheme)
             rows += [(scheme, method) for method in able]
         return list(dict.fromkeys(rows))
-
-
-class Pieces(Protocol):
-    """Where finished pieces are kept; :class:`rlquant.runs.RunFolder` is one."""
-
-    def piece(self, name: str) -> dict[str, Any] | None:
-        """A piece kept earlier, or None."""
-
-    def save_piece(self, name: str, content: dict[str, Any]) -> None:
-        """Keep a piece of plain JSON."""
 
 
 @dataclass
 class _Row:
     """One precision while it is evaluated; ``profile`` is what is measured besides the scores."""
 
-    scheme: Scheme
+    scheme: MixedScheme
     method: str
     agent: Agent
     artifact: bool = False
@@ -177,7 +171,14 @@ class Evaluation:
         self.workers, self.batch = workers, batch
         self.progress = progress or (lambda _name, _done, _wanted: None)
         self.pool = EnvPool(agent.env)
-        self._calibration: Inputs | None = None
+        self.quantizer = Quantizer(
+            agent,
+            self.pool,
+            seed=settings.seed,
+            calibration_episodes=settings.calibration_episodes,
+            closed_loop=settings.closed_loop,
+            pieces=pieces,
+        )
 
     def run(self) -> dict[str, Any]:
         """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
@@ -214,7 +215,7 @@ class Evaluation:
             for scheme, method in self.settings.schemes()
         ]
         if self.artifact is not None:
-            scheme = Scheme.parse(self.artifact.precision)
+            scheme = MixedScheme.parse(self.artifact.precision)
             rows.append(_Row(scheme, self.artifact.method, self.artifact, artifact=True))
         for row in rows:
             kept = self._kept(row.name)
@@ -222,20 +223,9 @@ class Evaluation:
                 row.returns, row.profile = kept["returns"], kept["profile"]
         return rows
 
-    def _quantized(self, scheme: Scheme, method: str) -> Agent:
-        if scheme.is_identity:
-            return self.agent
-        needs_inputs = scheme.activations is not None or parse_method(method).needs_inputs
-        inputs = self._inputs() if needs_inputs else None
-        return quantize_agent(self.agent, scheme, method=method, inputs=inputs)
-
-    def _inputs(self) -> Inputs:
-        if self._calibration is None:
-            seed = self.settings.seed + CALIBRATION_SEED
-            self._calibration = collect(
-                self.agent, self.settings.calibration_episodes, seed=seed, pool=self.pool
-            )
-        return self._calibration
+    def _quantized(self, scheme: MixedScheme, method: str) -> Agent:
+        self.progress(f"{scheme.name}-{method}", 0, self.settings.episodes)
+        return self.quantizer.quantize(scheme, method)
 
     def _play(self, row: _Row, wanted: int) -> None:
         """Bring a row to ``wanted`` episodes, keeping what is done after each chunk."""
@@ -286,13 +276,16 @@ class Evaluation:
             self.agent, self.pool, seed=settings.seed, episodes=settings.episodes, device=settings.device
         )
         for row in missing:
-            calibration = self._inputs() if row.scheme.activations is not None else None
             row.profile = profiler.profile(row.agent, row.scheme)
-            if not (row.artifact or row.scheme.is_identity):
-                # An artifact does not say which float network it was made from.
-                center = parse_method(row.method).center
+            loop = self.quantizer.loops.get((row.scheme.name, row.method))
+            if loop is not None and not row.artifact:
+                row.profile["shifts"] = [shift.to_json() for shift in loop.shifts]
+            # Neither an artifact nor a student says which float network it was rounded from.
+            parsed = None if row.artifact or row.scheme.is_identity else parse_method(row.method)
+            if parsed is not None and not parsed.trains:
+                calibration = self.quantizer.calibration(row.scheme, row.method)
                 row.profile["weights"] = profiler.histograms(
-                    row.agent, row.scheme, calibration, center=center
+                    row.agent, row.scheme, calibration, center=parsed.center
                 )
             self._keep_row(row)
 
@@ -325,6 +318,7 @@ class Evaluation:
             agreement=profile["agreement"],
             latency=profile["latency_us"],
             weights=profile["weights"],
+            shifts=tuple(profile.get("shifts", ())),
         )
 
     def _kept(self, name: str) -> dict[str, Any] | None:

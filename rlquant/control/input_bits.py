@@ -2,18 +2,19 @@
 
 The precision of the input decides how much reward survives: with 2 to 3-bit weights and activations, policies
 keep their return where observations have 3 to 8 bits (Kresse and Lampert 2026). Widening one small tensor
-costs a runtime nothing, so ``w2a4`` means: 2-bit weights, 4-bit activations, 8-bit observations.
+costs a runtime nothing, so ``w2a4`` means: 2-bit weights, 4-bit activations, 8-bit observations. A layer that
+a mixed scheme names gets what is said there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from rlquant.control.actor import Actor
-from rlquant.quant import Scheme, quantizable, unsigned
+from rlquant.quant import MixedScheme, Scheme, quantizable, unsigned
 
 __all__ = ["OBSERVATION_BITS", "apply_scheme_", "observation_layers"]
 
@@ -36,19 +37,18 @@ def observation_layers(actor: Actor) -> list[str]:
 
 
 def apply_scheme_(
-    actor: Actor, scheme: Scheme, verb: Callable[[nn.Module, Scheme, Collection[str]], object]
+    actor: Actor, scheme: MixedScheme, verb: Callable[[nn.Module, Scheme, Mapping[str, Scheme]], object]
 ) -> None:
-    """Call ``verb(actor, scheme, skip)`` for the layers under ``scheme``, then for those of the observations.
+    """Call ``verb(actor, base, schemes)`` with the schemes of the layers that differ from the base.
 
     Args:
         actor: a float network, changed in place by the verb.
         scheme: what its layers become.
-        verb: replaces every float layer not in ``skip``: ``quantize_``, ``prepare_qat_``, ``prepare_empty_``.
+        verb: ``quantize_``, ``prepare_qat_`` or ``prepare_empty_``, with ``schemes`` as they take it.
     """
-    first = observation_layers(actor)
-    if scheme.activations is None or scheme.activations.bits >= OBSERVATION_BITS or not first:
-        verb(actor, scheme, ())
-        return
-    if len(first) < len(quantizable(actor)):
-        verb(actor, scheme, first)
-    verb(actor, replace(scheme, activations=unsigned(OBSERVATION_BITS)), ())
+    base = scheme.base
+    schemes: dict[str, Scheme] = {}
+    if base.activations is not None and base.activations.bits < OBSERVATION_BITS:
+        wider = replace(base, activations=unsigned(OBSERVATION_BITS))
+        schemes = dict.fromkeys(observation_layers(actor), wider)
+    verb(actor, base, schemes | dict(scheme.exceptions))

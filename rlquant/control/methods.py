@@ -1,8 +1,11 @@
-"""Method names of agents: those of ``rlquant.quant`` and what only a policy's head allows.
+"""Method names of agents: those of ``rlquant.quant`` and what only a policy allows.
 
 ``center`` subtracts from the last layer's rows their mean over actions before anything is rounded. It is exact
 for an argmax, which a common offset cannot change, and value heads carry a large one. It combines with the
 others by ``+``: ``center+gptq+bias``.
+
+``qat`` and ``distill`` train the quantized policy to act as its fp32 teacher does, on the teacher's episodes
+(``qat``) or on its own as well (``distill``); see :mod:`~rlquant.control.distill`. They stand alone.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlquant.errors import InputError, unknown_name
-from rlquant.quant import METHODS, Scheme, get_method
+from rlquant.quant import METHODS, MixedScheme, get_method
 
-__all__ = ["AGENT_METHODS", "AgentMethod", "parse_method"]
+__all__ = ["AGENT_METHODS", "TRAINED_METHODS", "AgentMethod", "parse_method"]
 
-AGENT_METHODS = (*METHODS, "center")
+TRAINED_METHODS = ("qat", "distill")
+AGENT_METHODS = (*METHODS, "center", *TRAINED_METHODS)
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class AgentMethod:
 
     Attributes:
         name: as given.
+        trains: whether the quantized policy is trained.
         center: whether the head is centred first.
         layers: the method of ``rlquant.quant`` for the layers.
     """
 
     name: str
+    trains: bool
     center: bool
     layers: str
 
@@ -36,21 +42,40 @@ class AgentMethod:
         """Whether it needs on-policy inputs whatever the scheme."""
         return get_method(self.layers).needs_calibration
 
-    def can(self, scheme: Scheme) -> bool:
+    def check(self, scheme: MixedScheme) -> None:
+        """Raise InputError, naming the methods that can, where it cannot do a scheme."""
+        for each in scheme.schemes:
+            if each.is_identity:
+                continue
+            if self.trains and each.weights.kind != "int":
+                raise InputError(
+                    f"method {self.name!r} trains on integer grids and cannot do {each.name}; "
+                    f"these can: {', '.join(name for name, part in METHODS.items() if part.can(each))}"
+                )
+            get_method(self.layers).check(each)
+
+    def can(self, scheme: MixedScheme) -> bool:
         """Whether it can do a scheme."""
         try:
-            get_method(self.layers).check(scheme)
+            self.check(scheme)
         except InputError:
             return False
         return True
 
 
 def parse_method(name: str) -> AgentMethod:
-    """The method called ``name``. Raises InputError that lists the parts."""
+    """The method called ``name``. Raises InputError that lists the parts, or says which do not combine."""
     parts = name.split("+")
     unknown = next((part for part in parts if part not in AGENT_METHODS), None)
     if unknown is not None:
         raise unknown_name("method", unknown, AGENT_METHODS)
+    trained = [part for part in parts if part in TRAINED_METHODS]
+    if trained and len(parts) > 1:
+        raise InputError(
+            f"method {name!r}: {trained[0]!r} trains every number anew and combines with nothing"
+        )
+    if trained:
+        return AgentMethod(name, True, False, "rtn")
     layers = "+".join(part for part in parts if part != "center") or "rtn"
     get_method(layers)
-    return AgentMethod(name, "center" in parts, layers)
+    return AgentMethod(name, False, "center" in parts, layers)

@@ -14,7 +14,7 @@ from rlquant.control.rollout import EnvPool
 from rlquant.control.session import Session, batch_of_one
 from rlquant.errors import InputError
 from rlquant.measure import Agreement, Latency, action_agreement, measure_latency, plain, q_gap, single_thread
-from rlquant.quant import Scheme, weight_bytes
+from rlquant.quant import MixedScheme, weight_bytes
 
 __all__ = ["Profiler"]
 
@@ -40,7 +40,7 @@ class Profiler:
         self._outputs = self._inputs.outputs(reference.actor.cpu())
         self._observations = raw_observations(reference, seed=seed, pool=pool)
 
-    def profile(self, agent: Agent, scheme: Scheme) -> dict[str, Any]:
+    def profile(self, agent: Agent, scheme: MixedScheme) -> dict[str, Any]:
         """Plain JSON: ``weights_bytes``, ``artifact_bytes``, ``agreement``, ``latency_us``, empty ``weights``.
 
         Args:
@@ -56,7 +56,7 @@ class Profiler:
         }
 
     def histograms(
-        self, agent: Agent, scheme: Scheme, calibration: Inputs | None, *, center: bool
+        self, agent: Agent, scheme: MixedScheme, calibration: Inputs | None, *, center: bool
     ) -> list[dict[str, Any]]:
         """Plain JSON: a histogram per quantized weight, before and after.
 

@@ -23,6 +23,7 @@ from rlquant.control.methods import parse_method
 from rlquant.errors import InputError
 from rlquant.measure import WeightHistogram, weight_histogram
 from rlquant.quant import (
+    MixedScheme,
     QuantizedWeight,
     Scheme,
     center_head_,
@@ -37,6 +38,7 @@ __all__ = [
     "fold_features_",
     "fold_observation_ranges_",
     "quantize_agent",
+    "unit_range",
     "use_whole_grid",
     "weight_histograms",
 ]
@@ -46,36 +48,41 @@ OBSERVATION_HEADROOM = 0.125
 
 
 def quantize_agent(
-    agent: Agent, scheme: Scheme, *, method: str = "rtn", inputs: Inputs | None = None
+    agent: Agent,
+    scheme: str | Scheme | MixedScheme,
+    *,
+    method: str = "rtn",
+    inputs: Inputs | None = None,
 ) -> Agent:
     """A quantized copy of an agent; the agent itself stays as it is.
 
     Args:
         agent: an fp32 agent.
         scheme: what weights and activations become.
-        method: see :func:`~rlquant.control.methods.parse_method`.
+        method: a method that needs no training, see :func:`~rlquant.control.methods.parse_method`.
         inputs: on-policy calibration inputs; needed where activations are quantized.
 
     Raises:
         InputError: inputs are needed and there are none, nothing can be quantized, or the method does not
-            fit the scheme or the head.
+            fit the scheme or the head, or trains.
     """
-    parsed = parse_method(method)
+    scheme, parsed = MixedScheme.of(scheme), parse_method(method)
+    if parsed.trains:
+        raise InputError(f"method {method!r} plays episodes and trains: call rlquant.control.distill")
     actor = float_twin(agent, scheme, inputs, center=parsed.center)
     calibration = inputs.batches() if inputs is not None else None
     apply_scheme_(
         actor,
         scheme,
-        lambda module, part, skip: quantize_(
-            module, part, method=parsed.layers, calibration=calibration, skip=skip
+        lambda module, base, schemes: quantize_(
+            module, base, method=parsed.layers, calibration=calibration, schemes=schemes
         ),
     )
-    if scheme.needs_calibration:
-        use_whole_grid(actor)
+    use_whole_grid(actor)
     return agent.with_actor(actor, scheme.name, "none" if scheme.is_identity else method)
 
 
-def float_twin(agent: Agent, scheme: Scheme, inputs: Inputs | None, *, center: bool = False) -> Actor:
+def float_twin(agent: Agent, scheme: MixedScheme, inputs: Inputs | None, *, center: bool = False) -> Actor:
     """The fp32 network that is quantized: a copy, with observation ranges folded in where that helps.
 
     Args:
@@ -88,7 +95,7 @@ def float_twin(agent: Agent, scheme: Scheme, inputs: Inputs | None, *, center: b
         InputError: the head to be centred is no argmax over a Linear.
     """
     twin = copy.deepcopy(agent.actor)
-    if scheme.activations is not None and inputs is not None:
+    if scheme.quantizes_activations and inputs is not None:
         fold_observation_ranges_(twin, inputs.parts)
     if center:
         linear = [module for module in twin.modules() if isinstance(module, nn.Linear)]
@@ -107,13 +114,14 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
         actor: the network.
         parts: calibration inputs ``[n, *shape]`` by key.
     """
-
-    def unit_range(features: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = features.amin(0), features.amax(0)
-        margin = OBSERVATION_HEADROOM * (high - low)
-        return low - margin, high - low + 2 * margin
-
     fold_features_(actor, parts, unit_range)
+
+
+def unit_range(features: Tensor) -> tuple[Tensor, Tensor]:
+    """``low`` and ``span`` that map each of ``[n, features]`` into [0, 1] with some headroom."""
+    low, high = features.amin(0), features.amax(0)
+    margin = OBSERVATION_HEADROOM * (high - low)
+    return low - margin, high - low + 2 * margin
 
 
 def fold_features_(
@@ -154,14 +162,15 @@ def fold_features_(
 def use_whole_grid(actor: Actor) -> None:
     """Give the first layer's input the grid of [0, 1], where every feature was mapped to it.
 
-    Calibration saw only the part of [0, 1] inside the headroom, and would clip there.
+    Calibration saw only the part of [0, 1] inside the headroom, and would clip there. An input without a
+    fixed grid is left alone.
     """
     if not all(isinstance(list(actor.encoder(key).modules())[-1], FeatureMap) for key in actor.keys):
         return
     first = actor.rnn if actor.rnn is not None else actor.trunk[0]  # type: ignore[index]
-    name = "input_quant" if actor.rnn is None else "input_quant_l0"
-    quantizer: Any = first.get_submodule(name)
-    quantizer.set(qparams_from_range(torch.zeros(()), torch.ones(()), quantizer.fmt))
+    quantizer: Any = getattr(first, "input_quant" if actor.rnn is None else "input_quant_l0", None)
+    if hasattr(quantizer, "set"):  # stored or in training; what is float or dynamic has no grid to set
+        quantizer.set(qparams_from_range(torch.zeros(()), torch.ones(()), quantizer.fmt))
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from rlquant.control.agent import Agent
 from rlquant.control.collect import Inputs
 from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.quantize import fold_features_
-from rlquant.quant import Scheme, center_head_, convert_, grid_parameters, prepare_qat_
+from rlquant.quant import MixedScheme, center_head_, convert_, grid_parameters, prepare_qat_
 
 __all__ = ["LearnedFeatureMap", "Student"]
 
@@ -71,7 +71,7 @@ class Student:
         InputError: the scheme has no integer grid, or nothing can be quantized.
     """
 
-    def __init__(self, teacher: Agent, scheme: Scheme, inputs: Inputs, *, observer: str = "mse") -> None:
+    def __init__(self, teacher: Agent, scheme: MixedScheme, inputs: Inputs, *, observer: str = "mse") -> None:
         self.teacher, self.scheme = teacher, scheme
         self.actor = copy.deepcopy(teacher.actor)
         fold_features_(self.actor, inputs.parts, _standard_range)
@@ -82,8 +82,8 @@ class Student:
         apply_scheme_(
             self.actor,
             scheme,
-            lambda module, part, skip: prepare_qat_(
-                module, part, calibration=calibration, skip=skip, observer=observer
+            lambda module, base, schemes: prepare_qat_(
+                module, base, calibration=calibration, schemes=schemes, observer=observer
             ),
         )
         _swap(self.actor, FeatureMap, LearnedFeatureMap)

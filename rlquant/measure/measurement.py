@@ -114,6 +114,8 @@ class Measurement:
         score: see :class:`Score`. retention: compared with the reference on the same episodes.
         bytes: see :class:`Size`. compression: reference weight bytes over these.
         agreement, latency: None where not measured. weights: a histogram per quantized layer.
+        shifts: of closed-loop calibration, plain JSON per round: how far the inputs moved, by input and
+            feature: ``mean`` and ``wasserstein`` in standard deviations, ``outside`` as a share.
     """
 
     precision: str
@@ -126,6 +128,7 @@ class Measurement:
     agreement: Agreement | None = None
     latency: Latency | None = None
     weights: tuple[WeightHistogram, ...] = ()
+    shifts: tuple[dict[str, Any], ...] = ()
 
     def to_row(self) -> dict[str, Any]:
         """The row of results.json: plain JSON types, null for what is undefined or was not measured."""

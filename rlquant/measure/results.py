@@ -164,6 +164,16 @@ def _object(
     return check
 
 
+def _mapping(inner: Check) -> Check:
+    def check(value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            raise _fail(path, "an object", value)
+        for key, item in value.items():
+            inner(item, f"{path}.{key}")
+
+    return check
+
+
 _INTERVAL = _list(_nullable(_number), length=2)
 _SCORE = _object(
     {
@@ -199,6 +209,8 @@ _WEIGHTS = _object(
         "sqnr_db": _nullable(_number),
     }
 )
+_FEATURES = _mapping(_list(_number))
+_SHIFT = _object({"mean": _FEATURES, "wasserstein": _FEATURES, "outside": _FEATURES})
 _ROW = _object(
     {
         "precision": _text,
@@ -211,7 +223,7 @@ _ROW = _object(
         "compression": _nullable(_number),
         "latency_us": _nullable(_LATENCY),
     },
-    {"weights": _list(_WEIGHTS)},
+    {"weights": _list(_WEIGHTS), "shifts": _list(_SHIFT)},
 )
 _DOCUMENT = _object(
     {

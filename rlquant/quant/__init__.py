@@ -17,6 +17,7 @@ from rlquant.quant.kinds import empty_layer
 from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
+from rlquant.quant.mixed import MixedScheme
 from rlquant.quant.moments import InputMoments
 from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.observers import Observer, weight_qparams
@@ -44,6 +45,7 @@ __all__ = [
     "LayerSize",
     "Link",
     "Method",
+    "MixedScheme",
     "Observer",
     "QATController",
     "QParams",

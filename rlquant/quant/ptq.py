@@ -17,7 +17,15 @@ from rlquant.quant.pipeline import run_method
 from rlquant.quant.rewrites import Link
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["as_scheme", "prepare_empty_", "quantizable", "quantize_", "replace_layers", "select_layers"]
+__all__ = [
+    "as_scheme",
+    "layer_schemes",
+    "prepare_empty_",
+    "quantizable",
+    "quantize_",
+    "replace_layers",
+    "select_layers",
+]
 
 
 def quantizable(module: nn.Module) -> dict[str, nn.Module]:
@@ -62,7 +70,7 @@ def quantize_(
         CalibrationWarning: where the data does not suffice for the method; it says what was done instead.
     """
     chosen = get_method(method)
-    by_layer = _schemes(module, as_scheme(scheme), skip, schemes)
+    by_layer = layer_schemes(module, as_scheme(scheme), skip, schemes)
     if not by_layer:
         return module
     if calibration is None:
@@ -84,12 +92,12 @@ def prepare_empty_(
 
     Same arguments, result and errors as :func:`quantize_`.
     """
-    by_layer = _schemes(module, as_scheme(scheme), skip, schemes)
+    by_layer = layer_schemes(module, as_scheme(scheme), skip, schemes)
     layers = {name: module.get_submodule(name) for name in by_layer}
     return replace_layers(module, layers, lambda name: empty_layer(layers[name], by_layer[name]))
 
 
-def _schemes(
+def layer_schemes(
     module: nn.Module, scheme: Scheme, skip: Collection[str], schemes: Mapping[str, str | Scheme] | None
 ) -> dict[str, Scheme]:
     """What each layer becomes; those that stay fp32 are left out."""

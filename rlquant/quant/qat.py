@@ -18,7 +18,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -29,7 +29,7 @@ from rlquant.quant.calibrate import Calibration, RangeStatistic, run_calibration
 from rlquant.quant.kinds import empty_layer
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.lsq import LearnedActivation, LearnedWeight, RowWiseActivation
-from rlquant.quant.ptq import as_scheme, replace_layers, select_layers
+from rlquant.quant.ptq import as_scheme, layer_schemes, replace_layers
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
 
@@ -44,6 +44,7 @@ def prepare_qat_(
     *,
     calibration: Calibration | None = None,
     skip: Collection[str] = (),
+    schemes: Mapping[str, str | Scheme] | None = None,
     observer: str | None = None,
 ) -> nn.Module:
     """Make ``module`` trainable on the grid of ``scheme``, in place; its float parameters stay the same objects.
@@ -54,7 +55,7 @@ def prepare_qat_(
         scheme: integer weights of 2 to 16 bits; activations static, dynamic or left in float.
         calibration: inputs from which static activation ranges start, as for ``quantize_``; without it they
             start from the first batches of the training (see :class:`QATController`).
-        skip: layers to leave alone, as for ``quantize_``.
+        skip, schemes: layers to leave alone, and schemes of single layers, as for ``quantize_``.
         observer: the rule that chooses the first ranges, of weights and activations alike; by default the
             scheme's own rules. ``mse`` is a good start below 5 bits.
 
@@ -65,22 +66,19 @@ def prepare_qat_(
         InputError: as ``quantize_``, and for a scheme whose weights are no integers. The module is then
             unchanged.
     """
-    scheme = as_scheme(scheme)
-    if scheme.weights.kind != "int":
-        raise InputError(
-            f"quantization-aware training learns integer grids, and {scheme.name} has none: "
-            f"take int{max(2, min(scheme.weights.bits, 16))} or a wXaY scheme"
-        )
-    layers = select_layers(module, skip)
-    ranges: dict[str, RangeStatistic] = {}
-    if scheme.needs_calibration and calibration is not None:
-        start = scheme if observer is None else replace(scheme, activation_observer=observer)
-        ranges = {name: RangeStatistic(name, layer, start) for name, layer in layers.items()}
-        run_calibration(module, calibration, layers, {name: [ranges[name]] for name in ranges})
-    rule = observer or scheme.observer
+    by_layer = layer_schemes(module, as_scheme(scheme), skip, schemes)
+    for each in by_layer.values() or [as_scheme(scheme)]:
+        if each.weights.kind != "int":
+            raise InputError(
+                f"quantization-aware training learns integer grids, and {each.name} has none: "
+                f"take int{max(2, min(each.weights.bits, 16))} or a wXaY scheme"
+            )
+    layers = {name: module.get_submodule(name) for name in by_layer}
+    ranges = _observed(module, layers, by_layer, calibration, observer)
 
     def make(name: str) -> QuantizedLayer:
-        layer = _trainable(name or type(module).__name__, layers[name], scheme, rule)
+        each = by_layer[name]
+        layer = _trainable(name or type(module).__name__, layers[name], each, observer or each.observer)
         if name in ranges:
             for key, qparams in ranges[name].qparams().items():
                 layer.get_submodule(key).set(qparams)  # type: ignore[operator]
@@ -178,6 +176,26 @@ class QATController:
         """Stop learning scales and zero points."""
         for part in _parts(self.module):
             part.freeze()
+
+
+def _observed(
+    module: nn.Module,
+    layers: dict[str, nn.Module],
+    by_layer: dict[str, Scheme],
+    calibration: Calibration | None,
+    observer: str | None,
+) -> dict[str, RangeStatistic]:
+    """Ranges of static activations, from calibration data where there is any."""
+    ranges = {}
+    for name, scheme in by_layer.items() if calibration is not None else ():
+        if scheme.needs_calibration:
+            start = scheme if observer is None else replace(scheme, activation_observer=observer)
+            ranges[name] = RangeStatistic(name, layers[name], start)
+    if ranges:
+        assert calibration is not None
+        seen = {name: layers[name] for name in ranges}
+        run_calibration(module, calibration, seen, {name: [ranges[name]] for name in ranges})
+    return ranges
 
 
 def _parts(module: nn.Module) -> Iterator[Learned]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rlquant.control import load, quantize_agent, rollout, save_artifact
-from rlquant.control.distill import distill
+from rlquant.control.distill import Distillation, distill
 from rlquant.errors import InputError
 from rlquant.quant import QuantizedLayer, Scheme
 
-SHORT = {"rounds": 4, "steps": 300, "rollout_steps": 2048, "selection_episodes": 4}
+SHORT = Distillation(rounds=4, steps=300, rollout_steps=2048, selection_episodes=4)
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_distillation_wins_back_what_rounding_lost(tmp_path: Path) -> None:
     teacher = load("dqn-cartpole")
     before = {name: tensor.clone() for name, tensor in teacher.actor.state_dict().items()}
     rounded = quantize_agent(teacher, Scheme.parse("int4"))
-    student = distill(teacher, "int4", **SHORT)
+    student = distill(teacher, "int4", settings=SHORT)
     lost, won = (rollout(agent, range(10), seed=0).returns.mean() for agent in (rounded, student))
     assert lost < 50
     assert won > 100  # after a tenth of the default budget
@@ -36,8 +36,8 @@ def test_distillation_wins_back_what_rounding_lost(tmp_path: Path) -> None:
 
 def test_distillation_is_deterministic() -> None:
     teacher = load("sac-pendulum")
-    tiny = {"rounds": 2, "steps": 20, "rollout_steps": 200, "selection_episodes": 1}
-    first, second = (distill(teacher, "w4a8", **tiny).actor.state_dict() for _ in range(2))
+    tiny = Distillation(rounds=2, steps=20, rollout_steps=200, selection_episodes=1)
+    first, second = (distill(teacher, "w4a8", settings=tiny).actor.state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -45,6 +45,6 @@ def test_distillation_is_deterministic() -> None:
 def test_bad_settings_are_refused() -> None:
     teacher = load("ppo-cartpole")
     with pytest.raises(InputError, match="at least 1 for rounds"):
-        distill(teacher, "int4", rounds=0)
+        Distillation(rounds=0)
     with pytest.raises(InputError, match="quantized to int8 already"):
         distill(quantize_agent(teacher, Scheme.parse("int8")), "int4")

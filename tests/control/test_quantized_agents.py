@@ -31,7 +31,7 @@ from rlquant.control import (
 from rlquant.control.actor import Actor
 from rlquant.control.quantize import float_twin, fold_observation_ranges_
 from rlquant.errors import InputError
-from rlquant.quant import QuantizedLayer, Scheme
+from rlquant.quant import MixedScheme, QuantizedLayer, Scheme
 
 
 @given(seed=st.integers(0, 10_000), spread=st.floats(0.01, 1000.0), recurrent=st.booleans())
@@ -192,7 +192,7 @@ def test_centring_an_argmax_head_changes_no_action_and_wins_back_bits(zoo: Path)
     agent = load(zoo / "dqn/CartPole-v1_1")
     scheme = Scheme.parse("int6-g32")
     inputs = collect(agent, 4, seed=1)
-    centred = float_twin(agent, scheme, None, center=True)
+    centred = float_twin(agent, MixedScheme(scheme), None, center=True)
     expected = inputs.outputs(agent.actor)
     np.testing.assert_array_equal(inputs.outputs(centred).argmax(1), expected.argmax(1))
 
