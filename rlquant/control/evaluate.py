@@ -16,7 +16,7 @@ from rlquant import catalog
 from rlquant.control.agent import Agent
 from rlquant.control.collect import CALIBRATION_SEED
 from rlquant.control.environment import random_scores
-from rlquant.control.methods import parse_method
+from rlquant.control.methods import AUTO, parse_method
 from rlquant.control.profile import Profiler
 from rlquant.control.quantizer import Pieces, Quantizer
 from rlquant.control.rollout import EnvPool, rollout
@@ -277,13 +277,13 @@ class Evaluation:
         )
         for row in missing:
             row.profile = profiler.profile(row.agent, row.scheme)
-            loop = self.quantizer.loops.get((row.scheme.name, row.method))
+            loop = self.quantizer.loops.get((row.scheme.name, row.agent.method))
             if loop is not None and not row.artifact:
                 row.profile["shifts"] = [shift.to_json() for shift in loop.shifts]
             # Neither an artifact nor a student says which float network it was rounded from.
-            parsed = None if row.artifact or row.scheme.is_identity else parse_method(row.method)
+            parsed = None if row.artifact or row.scheme.is_identity else parse_method(row.agent.method)
             if parsed is not None and not parsed.trains:
-                calibration = self.quantizer.calibration(row.scheme, row.method)
+                calibration = self.quantizer.calibration(row.scheme, row.agent.method)
                 row.profile["weights"] = profiler.histograms(
                     row.agent, row.scheme, calibration, center=parsed.center
                 )
@@ -309,7 +309,7 @@ class Evaluation:
         settings, profile = self.settings, row.profile
         return Measurement(
             precision=row.scheme.name,
-            method=row.method,
+            method=f"auto={row.agent.method}" if row.method == AUTO else row.method,
             runtime="torch",
             score=Score.from_episodes(row.returns, confidence=settings.confidence, seed=settings.seed),
             retention=self._retention(row, reference, random_score),

@@ -5,7 +5,8 @@ for an argmax, which a common offset cannot change, and value heads carry a larg
 others by ``+``: ``center+gptq+bias``.
 
 ``qat`` and ``distill`` train the quantized policy to act as its fp32 teacher does, on the teacher's episodes
-(``qat``) or on its own as well (``distill``); see :mod:`~rlquant.control.distill`. They stand alone.
+(``qat``) or on its own as well (``distill``); see :mod:`~rlquant.control.distill`. ``auto`` tries the methods
+that do not train and keeps the best, see :mod:`~rlquant.control.choose`. These stand alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from rlquant.errors import InputError, unknown_name
 from rlquant.quant import METHODS, MixedScheme, get_method
 
-__all__ = ["AGENT_METHODS", "TRAINED_METHODS", "AgentMethod", "parse_method"]
+__all__ = ["AGENT_METHODS", "AUTO", "TRAINED_METHODS", "AgentMethod", "parse_method"]
 
+AUTO = "auto"
 TRAINED_METHODS = ("qat", "distill")
-AGENT_METHODS = (*METHODS, "center", *TRAINED_METHODS)
+AGENT_METHODS = (*METHODS, "center", AUTO, *TRAINED_METHODS)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class AgentMethod:
     trains: bool
     center: bool
     layers: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it needs neither training nor a choice."""
+        return not self.trains and self.name != AUTO
 
     @property
     def needs_inputs(self) -> bool:
@@ -69,13 +76,11 @@ def parse_method(name: str) -> AgentMethod:
     unknown = next((part for part in parts if part not in AGENT_METHODS), None)
     if unknown is not None:
         raise unknown_name("method", unknown, AGENT_METHODS)
-    trained = [part for part in parts if part in TRAINED_METHODS]
-    if trained and len(parts) > 1:
-        raise InputError(
-            f"method {name!r}: {trained[0]!r} trains every number anew and combines with nothing"
-        )
-    if trained:
-        return AgentMethod(name, True, False, "rtn")
+    alone = [part for part in parts if part in (AUTO, *TRAINED_METHODS)]
+    if alone and len(parts) > 1:
+        raise InputError(f"method {name!r}: {alone[0]!r} combines with nothing")
+    if alone:
+        return AgentMethod(name, name in TRAINED_METHODS, False, "rtn")
     layers = "+".join(part for part in parts if part != "center") or "rtn"
     get_method(layers)
     return AgentMethod(name, False, "center" in parts, layers)

@@ -67,8 +67,8 @@ def quantize_agent(
             fit the scheme or the head, or trains.
     """
     scheme, parsed = MixedScheme.of(scheme), parse_method(method)
-    if parsed.trains:
-        raise InputError(f"method {method!r} plays episodes and trains: call rlquant.control.distill")
+    if not parsed.is_plain:
+        raise InputError(f"method {method!r} plays episodes: use rlquant.control.Quantizer")
     actor = float_twin(agent, scheme, inputs, center=parsed.center)
     calibration = inputs.batches() if inputs is not None else None
     apply_scheme_(

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from rlquant.control.agent import Agent
 from rlquant.control.artifact import agent_from_files, artifact_files
+from rlquant.control.choose import candidates, choose_method
 from rlquant.control.closed_loop import ClosedLoop, quantize_in_closed_loop
 from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect
 from rlquant.control.distill import TRAINED, distill
-from rlquant.control.methods import parse_method
+from rlquant.control.methods import AUTO, parse_method
 from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool
 from rlquant.errors import InputError
@@ -64,7 +65,7 @@ class Quantizer:
         self._inputs: Inputs | None = None
 
     def quantize(self, scheme: MixedScheme, method: str) -> Agent:
-        """The agent under a scheme; itself under fp32.
+        """The agent under a scheme; itself under fp32. Its ``method`` says what ``auto`` has chosen.
 
         Raises:
             InputError: as :func:`~rlquant.control.quantize_agent` and :func:`~rlquant.control.distill`.
@@ -74,6 +75,8 @@ class Quantizer:
         parsed = parse_method(method)
         if parsed.trains:
             return self._student(scheme, method)
+        if method == AUTO:
+            return self.quantize(scheme, self._chosen(scheme))
         if not (scheme.quantizes_activations or parsed.needs_inputs):
             return quantize_agent(self.agent, scheme, method=method)
         if not self.closed_loop:
@@ -103,6 +106,23 @@ class Quantizer:
         if loop is not None:
             return loop.inputs
         return self.inputs() if scheme.quantizes_activations else None
+
+    def _chosen(self, scheme: MixedScheme) -> str:
+        name = f"choice-{scheme.name}"
+        kept = self.pieces.piece(name) if self.pieces is not None else None
+        if kept is None:
+            chosen = choose_method(
+                self.agent,
+                candidates(self.agent, scheme),
+                lambda each: self.quantize(scheme, each),
+                self.inputs(),
+                seed=self.seed,
+                pool=self.pool,
+            )
+            kept = {"method": chosen}
+            if self.pieces is not None:
+                self.pieces.save_piece(name, kept)
+        return str(kept["method"])
 
     def _student(self, scheme: MixedScheme, method: str) -> Agent:
         name = f"student-{scheme.name}-{method}"

@@ -72,7 +72,8 @@ def verdict_lines(document: dict[str, Any]) -> list[Text]:
     lines = []
     for finding in findings(document):
         style = _STYLES[finding.verdict]
-        detail = "" if finding.verdict == "retained" else f" {finding.detail}"
+        details = [finding.note] if finding.verdict == "retained" else [finding.detail, finding.note]
+        detail = "".join(f" {text}" for text in details if text)
         lines.append(Text.assemble((f"{finding.headline}.", style), detail))
     return lines
 

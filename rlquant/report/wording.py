@@ -48,12 +48,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One precision's verdict as a headline and the numbers behind it."""
+    """One precision's verdict as a headline and the numbers behind it; ``note`` is worth reading anyway."""
 
     label: str
     verdict: str
     headline: str
     detail: str
+    note: str = ""
 
 
 def words(document: dict[str, Any]) -> Words:
@@ -166,7 +167,20 @@ def _finding(document: dict[str, Any], row: Row, label: str) -> Finding:
         parts.append(_interval_sentence(document, row))
     if verdict == "undecided":
         parts.append(_way_out(document, row))
-    return Finding(label, verdict, headline, " ".join(part for part in parts if part))
+    return Finding(label, verdict, headline, " ".join(part for part in parts if part), _shift_sentence(row))
+
+
+def _shift_sentence(row: Row) -> str:
+    """What closed-loop calibration found: how far the quantized agent's own inputs lie from what was known."""
+    rounds = []
+    for shift in row.get("shifts", []):
+        moved = max(max(distances) for distances in shift["wasserstein"].values())
+        outside = [share for shares in shift["outside"].values() for share in shares]
+        rounds.append(
+            f"by up to {moved:.2f} standard deviations, "
+            f"{percent_text(sum(outside) / len(outside))} of values beyond the calibrated range"
+        )
+    return f"Playing quantized, observations moved {'; then '.join(rounds)}." if rounds else ""
 
 
 def _score_sentence(document: dict[str, Any], row: Row) -> str:

@@ -58,7 +58,7 @@ def test_names_of_trained_methods() -> None:
         parse_method("qat").check(MixedScheme.parse("nf4"))
     with pytest.raises(InputError, match="Did you mean 'distill'"):
         parse_method("distil")
-    with pytest.raises(InputError, match=r"call rlquant\.control\.distill"):
+    with pytest.raises(InputError, match=r"use rlquant\.control\.Quantizer"):
         quantize_agent(load("ppo-cartpole"), "int4", method="qat")
 
 
