@@ -31,12 +31,16 @@ OFF_POLICY = {"buffer_size": 1000, "learning_starts": 64, "batch_size": 32, "tra
 
 def _on_policy(cls: Any, action: str, policy: str = "MlpPolicy", **more: Any) -> Callable[..., Any]:
     settings = {"n_steps": 64, "seed": 0, "device": "cpu", "policy_kwargs": NET} | more
-    return lambda env=None, **over: cls(policy, env or vec_env("vector", action), **(settings | over))
+    return lambda env=None, **over: cls(
+        policy, env or vec_env("vector", action), **copy.deepcopy(settings | over)
+    )
 
 
 def _off_policy(cls: Any, action: str, policy: str = "MlpPolicy", **more: Any) -> Callable[..., Any]:
     settings = OFF_POLICY | {"seed": 0, "device": "cpu", "policy_kwargs": NET} | more
-    return lambda env=None, **over: cls(policy, env or vec_env("vector", action), **(settings | over))
+    return lambda env=None, **over: cls(
+        policy, env or vec_env("vector", action), **copy.deepcopy(settings | over)
+    )
 
 
 MAKE: dict[str, Callable[..., Any]] = {
@@ -134,9 +138,8 @@ def test_training_goes_on_after_loading_as_if_it_had_not_stopped(name: str, tmp_
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_delay_beyond_the_end_changes_nothing(name: str) -> None:
-    stock, delayed = MAKE[name](), MAKE[name]()
-    stock.learn(256)
-    delayed.learn(256, callback=QuantizationCallback("w4a8", delay=10_000))
+    stock = MAKE[name]().learn(256)
+    delayed = MAKE[name]().learn(256, callback=QuantizationCallback("w4a8", delay=10_000))
     expected, found = stock.policy.state_dict(), delayed.policy.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
@@ -215,16 +218,33 @@ def test_the_loss_of_ppo_sees_the_policy_that_acted() -> None:
     assert check.checked >= 3
 
 
+class _TargetsFollow(BaseCallback):
+    """With ``tau=1`` what acts and its target are equal whenever a rollout ends."""
+
+    checked = 0
+
+    def __init__(self, online: str, target: str) -> None:
+        super().__init__()
+        self.names = (online, target)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        first, second = (
+            dict(self.model.policy.get_submodule(name).named_parameters()) for name in self.names
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(parameter, second[name]) for name, parameter in first.items())
+        self.checked += any(name.endswith("log_scale") for name in first)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets_follow_what_acts(name: str) -> None:
-    online, target = TARGETS[name]
-    model = MAKE[name](tau=1.0, target_update_interval=1) if name == "DQN" else MAKE[name](tau=1.0)
-    model.learn(480, callback=QuantizationCallback("w4a8"))
-    pairs = (model.policy.get_submodule(part).state_dict() for part in (online, target))
-    first, second = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in pairs)
-    assert first.keys() == second.keys()
-    assert any(k.endswith("log_scale") for k in first)
-    assert all(torch.equal(v, second[k]) for k, v in first.items() if not k.endswith((".low", ".high")))
+    check = _TargetsFollow(*TARGETS[name])
+    model = MAKE[name](tau=1.0, **({"target_update_interval": 1} if name == "DQN" else {}))
+    model.learn(480, callback=[QuantizationCallback("w4a8"), check])
+    assert check.checked >= 20
 
 
 class Growing(gym.Env):
@@ -236,7 +256,7 @@ class Growing(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        self.spread *= 1.1
+        self.spread *= 1.3
         self.steps = 0
         return self._look(), {}
 
@@ -250,9 +270,10 @@ class Growing(gym.Env):
 
 @pytest.mark.parametrize("name", ["PPO", "DQN"])
 def test_the_observation_map_follows_and_changes_no_output(name: str) -> None:
-    model = MAKE[name](DummyVecEnv([Growing]), learning_rate=0.0)
+    linear = {"net_arch": []}  # hidden ranges are learned, and nothing learns here
+    model = MAKE[name](DummyVecEnv([Growing]), learning_rate=0.0, policy_kwargs=linear)
     stock = copy.deepcopy(model.policy)
-    model.learn(3200, callback=QuantizationCallback("w16a16"))
+    model.learn(1500, callback=QuantizationCallback("w16a16"))
     seen = torch.as_tensor(np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32) * 8)
 
     def outputs(policy: Any) -> Tensor:
@@ -261,10 +282,6 @@ def test_the_observation_map_follows_and_changes_no_output(name: str) -> None:
 
     expected = outputs(stock)
     torch.testing.assert_close(outputs(model.policy), expected, rtol=0, atol=0.01 * float(expected.std()))
-    _same_actions(
-        quantized_agent(model, env="CartPole-v1").actor({"": seen})[0].argmax(1).numpy(),
-        outputs(model.policy).argmax(1).numpy(),
-    )
 
 
 def test_frozen_grids_stay_while_weights_learn(tmp_path: Path) -> None:
