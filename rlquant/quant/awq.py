@@ -35,4 +35,9 @@ def awq(bench: Bench) -> None:
 
 def _candidates(moments: InputMoments, largest_weight: Tensor, channels: int) -> Iterable[Tensor]:
     magnitude = moments.abs_mean[0].view(channels, -1).mean(dim=1)
+    alive = magnitude > 0
+    if not bool(alive.any()):
+        return []
+    # What was always zero, such as an outlier that is split off, counts as the quietest of the others.
+    magnitude = magnitude.where(alive, magnitude[alive].min())
     return [magnitude ** (step / STEPS) for step in range(1, STEPS + 1)]
