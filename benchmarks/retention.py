@@ -148,11 +148,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--max-episodes", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="part of the name of the agents to run")
+    parser.add_argument("--only", default="", help="regular expression for the names of the agents to run")
     parser.add_argument("--runs", type=Path, default=Path("runs/retention"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
-    chosen = {name: source for name, source in agents(options.zoo).items() if options.only in name}
+    chosen = {name: source for name, source in agents(options.zoo).items() if re.search(options.only, name)}
     jobs = [
         (name, column) for column in sorted(COLUMNS, key=lambda c: c.method != "distill") for name in chosen
     ]
