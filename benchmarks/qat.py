@@ -30,7 +30,6 @@ from rlquant import catalog
 from rlquant.control import Agent, collect, from_sb3, quantize_agent, rollout
 from rlquant.control.qat_sb3 import QuantizationCallback, quantized_agent
 from rlquant.measure import compare
-from rlquant.quant import Scheme
 from rlquant.runs import write_atomic
 
 CACHE = Path("runs/qat.json")
@@ -40,6 +39,9 @@ NOTE = (
     "paired by seed. Time: training time over that of fp32."
 )
 SCORE_SEED, CALIBRATION_SEED = 10_000, 500_000
+
+
+Trial = Callable[["Case", str, int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,35 +95,36 @@ def returns(agent: Agent, episodes: int) -> list[float]:
     return rollout(agent, range(episodes), seed=SCORE_SEED).returns.tolist()
 
 
-def trial(case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
-    """Returns of the three policies on the same episodes, and the seconds of the two trainings."""
+def trial_float(case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
+    """Returns of the float policy and of its rounded copy on the same episodes; seconds of training."""
     started = time.perf_counter()
     model = train(case, seed, None)
-    float_seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     agent = from_sb3(model)
-    inputs = collect(agent, 8, seed=CALIBRATION_SEED)
-    rounded = quantize_agent(agent, Scheme.parse(scheme), inputs=inputs)
+    rounded = quantize_agent(agent, scheme, inputs=collect(agent, 8, seed=CALIBRATION_SEED))
+    return {"fp32": returns(agent, episodes), "rounded": returns(rounded, episodes), "fp32_s": seconds}
+
+
+def trial_quantized(case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
+    """Returns of the policy that was trained quantized; seconds of training."""
     started = time.perf_counter()
     model = train(case, seed, QuantizationCallback(scheme, delay=case.delay))
-    return {
-        "fp32": returns(agent, episodes),
-        "rounded": returns(rounded, episodes),
-        "qat": returns(quantized_agent(model), episodes),
-        "seconds": [float_seconds, time.perf_counter() - started],
-    }
+    seconds = time.perf_counter() - started
+    return {"qat": returns(quantized_agent(model), episodes), "qat_s": seconds}
 
 
-def kept(key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier run kept under this key, or else what is made now."""
+def kept(trial: Trial, case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
+    """A trial's result, from an earlier run where that finished it."""
+    key = f"{trial.__name__} {case.name} {case.steps} {case.delay} {scheme} {seed} {episodes}"
     cache: dict[str, Any] = json.loads(CACHE.read_text()) if CACHE.exists() else {}
     if key not in cache:
-        cache[key] = make()
+        cache[key] = trial(case, scheme, seed, episodes)
         CACHE.parent.mkdir(exist_ok=True)
         write_atomic(CACHE, json.dumps(cache).encode())
     return dict(cache[key])
 
 
-def rows(case: Case, scheme: str, trials: dict[int, dict[str, Any]]) -> list[str]:
+def rows(case: Case, trials: dict[int, dict[str, Any]]) -> list[str]:
     """A line per seed, and one for all."""
     card = catalog.env_card(case.env)
     assert card is not None
@@ -129,7 +132,7 @@ def rows(case: Case, scheme: str, trials: dict[int, dict[str, Any]]) -> list[str
     lines = []
     for seed, result in trials.items():
         means = [f"{np.mean(result[kind]):,.1f}" for kind in ("fp32", "rounded", "qat")]
-        slower = result["seconds"][1] / result["seconds"][0]
+        slower = result["qat_s"] / result["fp32_s"]
         lines.append(f"| {case.name} | {seed} | {' | '.join(means)} | | {slower:.1f} |")
     pooled = {kind: np.concatenate([r[kind] for r in trials.values()]) for kind in ("fp32", "rounded", "qat")}
     cells = []
@@ -137,7 +140,7 @@ def rows(case: Case, scheme: str, trials: dict[int, dict[str, Any]]) -> list[str
         spread = np.std([np.mean(r[kind]) for r in trials.values()], ddof=1) if len(trials) > 1 else 0.0
         cells.append(f"{scores.mean():,.1f} ± {spread:,.1f}")
     retention = compare(pooled["fp32"], pooled["qat"], random_score=random_score)
-    slower = np.median([r["seconds"][1] / r["seconds"][0] for r in trials.values()])
+    slower = np.median([r["qat_s"] / r["fp32_s"] for r in trials.values()])
     share = f"{100 * retention.value:.1f}% ({retention.verdict})"
     return [*lines, f"| **{case.name}** | all | {' | '.join(cells)} | {share} | {slower:.1f} |"]
 
@@ -157,12 +160,12 @@ def main() -> None:
     head += ["kept of fp32", "time"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in CASES:
-        trials = {}
+        trials: dict[int, dict[str, Any]] = {}
         for seed in arguments.seeds:
-            key = f"{case.name} {case.steps} {case.delay} {arguments.scheme} {seed} {arguments.episodes}"
-            trials[seed] = kept(key, lambda c=case, s=seed: trial(c, arguments.scheme, s, arguments.episodes))
-            print(rows(case, arguments.scheme, {seed: trials[seed]})[0], flush=True)
-        lines += rows(case, arguments.scheme, trials)
+            setting = (case, arguments.scheme, seed, arguments.episodes)
+            trials[seed] = kept(trial_float, *setting) | kept(trial_quantized, *setting)
+            print(rows(case, {seed: trials[seed]})[0], flush=True)
+        lines += rows(case, trials)
     command = (
         f"python benchmarks/qat.py --scheme {arguments.scheme} --seeds {' '.join(map(str, arguments.seeds))} "
         f"--episodes {arguments.episodes}"

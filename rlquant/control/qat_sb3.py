@@ -11,9 +11,9 @@ updated as float has wrong probability ratios (PPO) and wrong targets. Critics s
 deployed; target networks of what acts (DQN, TD3) are swapped alike.
 
 The float parameters stay the same objects, so optimisers keep their moments; scales and zero points join them
-as a second parameter group. Observations are mapped to [0, 1] per feature; until the freeze that map follows
-the largest ranges seen, because a policy that learns goes to new places, and each change is exact for the
-float weights. ``model.save`` and ``PPO.load`` work as ever, wherever rlquant is installed.
+as a second parameter group. Observations are standardised, and the first layer absorbs that, which is what
+decides at 2 to 4 bits. Until the freeze the map is chosen anew when observations leave its grid, because a
+policy that learns goes to new places; each change is exact for the float weights. ``model.save`` and ``PPO.load`` work as ever, wherever rlquant is installed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class QuantizationCallback(BaseCallback):
         seen = self._seen()
         if seen is not None:
             for network in _layout(self.model).acting(self.model.policy):
-                network.widen(seen)
+                network.follow(seen)
 
     def _freeze(self) -> None:
         kept = self.model.policy_class

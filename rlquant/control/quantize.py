@@ -38,7 +38,6 @@ __all__ = [
     "fold_features_",
     "fold_observation_ranges_",
     "quantize_agent",
-    "unit_range",
     "use_whole_grid",
     "weight_histograms",
 ]
@@ -114,10 +113,10 @@ def fold_observation_ranges_(actor: Actor, parts: dict[str, Tensor]) -> None:
         actor: the network.
         parts: calibration inputs ``[n, *shape]`` by key.
     """
-    fold_features_(actor, parts, unit_range)
+    fold_features_(actor, parts, _unit_range)
 
 
-def unit_range(features: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_range(features: Tensor) -> tuple[Tensor, Tensor]:
     """``low`` and ``span`` that map each of ``[n, features]`` into [0, 1] with some headroom."""
     low, high = features.amin(0), features.amax(0)
     margin = OBSERVATION_HEADROOM * (high - low)

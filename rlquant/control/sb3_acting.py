@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from rlquant.control.actor import Actor, FeatureMap
 from rlquant.control.input_bits import apply_scheme_
-from rlquant.control.quantize import OBSERVATION_HEADROOM, fold_features_, unit_range, use_whole_grid
+from rlquant.control.quantize import OBSERVATION_HEADROOM, fold_features_
+from rlquant.control.student import standard_range
 from rlquant.errors import InputError
-from rlquant.quant import MixedScheme, QuantLinear, convert_, grid_parameters, prepare_qat_
-from rlquant.quant.lsq import LearnedWeight
+from rlquant.quant import MixedScheme, convert_, grid_parameters, prepare_qat_
+from rlquant.quant.lsq import LearnedActivation, LearnedWeight
 
 __all__ = ["LAYOUTS", "ActingNetwork", "Layout"]
 
@@ -124,35 +125,52 @@ class ActingNetwork:
         first = self.actor.trunk[0]  # type: ignore[index]
         if scheme.quantizes_activations and len(self._encoder) == 1 and isinstance(first, nn.Linear):
             seen = torch.zeros(1, first.in_features) if inputs is None else inputs
-            fold_features_(self.actor, {"": seen.to(first.weight.device)}, unit_range)
+            fold_features_(self.actor, {"": seen.to(first.weight.device)}, standard_range)
         _make_trainable(self.actor, scheme, inputs, observer)
-        use_whole_grid(self.actor)
+        if inputs is not None:
+            self._cover(inputs)
         self._write_back()
         return grid_parameters(self.actor)
 
     @torch.no_grad()
-    def widen(self, inputs: Tensor) -> bool:
-        """Let the observation map cover ``inputs`` too; exact for the float weights. Whether it changed."""
-        feature_map, layer = self.actor.encoder("")[-1], self.actor.trunk[0]  # type: ignore[index]
-        if not isinstance(feature_map, FeatureMap) or not isinstance(layer, QuantLinear):
-            return False  # there is no map, or a float layer behind it that clips nothing
-        weight = layer.packed
-        assert isinstance(weight, LearnedWeight)
-        assert layer.bias is not None
-        mapped = feature_map(inputs.flatten(1))
-        low, high = mapped.amin(0), mapped.amax(0)
-        if bool(((low >= 0) & (high <= 1)).all()):
+    def follow(self, inputs: Tensor) -> bool:
+        """Choose the observation map anew where ``inputs`` have left its grid; whether they had.
+
+        The first layer absorbs the change, exactly in real arithmetic, and chooses its grid anew too.
+        """
+        grid, feature_map, layer = self._grid(), self.actor.encoder("")[-1], self.actor.trunk[0]  # type: ignore[index]
+        if grid is None or not isinstance(feature_map, FeatureMap):
             return False
-        margin = OBSERVATION_HEADROOM * (high - low)
-        low = torch.where(low < 0, low - margin, 0.0)
-        span = torch.where(high > 1, high + margin, 1.0) - low
+        mapped = feature_map(inputs.flatten(1))
+        if grid.low <= mapped.min() and mapped.max() <= grid.high:
+            return False
+        weight: LearnedWeight = layer.packed
+        low, span = standard_range(mapped)
+        span = torch.where(span > 0, span, torch.ones_like(span))
         layer.bias += weight.weight @ low
         weight.weight.mul_(span)
         weight.reset_grid()
         feature_map.low += low / feature_map.inverse_span
         feature_map.inverse_span /= span
-        use_whole_grid(self.actor)
+        self._cover(inputs)
         return True
+
+    def _grid(self) -> LearnedActivation | None:
+        """The grid of the mapped observations; None where the scheme or the network has none."""
+        grid = getattr(self.actor.trunk[0], "input_quant", None)  # type: ignore[index]
+        return grid if isinstance(grid, LearnedActivation) else None
+
+    @torch.no_grad()
+    def _cover(self, inputs: Tensor) -> None:
+        """Let the grid of the mapped observations cover ``inputs`` with some headroom; it remembers how far."""
+        grid, feature_map = self._grid(), self.actor.encoder("")[-1]  # type: ignore[index]
+        if grid is None or not isinstance(feature_map, FeatureMap):
+            return
+        low, high = torch.aminmax(feature_map(inputs.flatten(1)))
+        margin = OBSERVATION_HEADROOM * (high - low)
+        grid.low.copy_(low - margin)
+        grid.high.copy_(high + margin)
+        grid.start_from_seen()
 
     def stored(self) -> Actor:
         """A deployable copy, on the CPU: packed weights, the same outputs."""

@@ -15,7 +15,7 @@ from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.quantize import fold_features_
 from rlquant.quant import MixedScheme, center_head_, convert_, grid_parameters, prepare_qat_
 
-__all__ = ["LearnedFeatureMap", "Student"]
+__all__ = ["LearnedFeatureMap", "Student", "standard_range"]
 
 SPAN_LIMIT = 16.0
 """A feature's unit is its standard deviation, or this fraction of its range where that is larger."""
@@ -74,7 +74,7 @@ class Student:
     def __init__(self, teacher: Agent, scheme: MixedScheme, inputs: Inputs, *, observer: str = "mse") -> None:
         self.teacher, self.scheme = teacher, scheme
         self.actor = copy.deepcopy(teacher.actor)
-        fold_features_(self.actor, inputs.parts, _standard_range)
+        fold_features_(self.actor, inputs.parts, standard_range)
         last = [layer for layer in self.actor.modules() if isinstance(layer, nn.Linear)][-1:]
         if teacher.head.kind == "argmax" and last and last[0].out_features == teacher.head.outputs:
             center_head_(last[0])
@@ -106,7 +106,7 @@ class Student:
         return self.teacher.with_actor(actor.eval().requires_grad_(False), self.scheme.name, method)
 
 
-def _standard_range(features: Tensor) -> tuple[Tensor, Tensor]:
+def standard_range(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unit of each feature, ``[features]`` each, for :func:`fold_features_`."""
     reach = (features.amax(0) - features.amin(0)) / SPAN_LIMIT
     return features.mean(0), torch.maximum(features.std(0, correction=0), reach)
