@@ -144,6 +144,65 @@ def quantize(
 
 
 @app.command()
+def tune(
+    source: Source,
+    retain: Annotated[float, typer.Option("--retain", help="Share of the reward to keep.")] = 0.98,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What weights, scales and biases may take, such as 32KB.")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option("--deadline", help="What 99 of 100 actions may take here, such as 1ms.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option("--method", "--methods", help="Methods to search with; distill takes minutes.")
+    ] = "auto,distill",
+    env: EnvOption = None,
+    episodes: Annotated[
+        int, typer.Option("--episodes", help="Of a proof, before more where undecided.")
+    ] = 100,
+    seed: SeedOption = 0,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the proof.")] = 0.95,
+    max_episodes: Annotated[
+        int, typer.Option("--max-episodes", help="Where an undecided proof stops.")
+    ] = 2000,
+    calibration_episodes: CalibrationOption = 8,
+    normaliser: NormaliserOption = None,
+    frame_stack: Annotated[
+        int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
+    ] = 1,
+    trust: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/tune-NAME].")] = None,
+) -> None:
+    """Find the cheapest scheme, per layer, that keeps the reward: artifact, Pareto front, reasons and proof.
+
+    Exit status 1 where no scheme reaches the goal; the best found is written all the same. Repeating an
+    interrupted command finishes it.
+    """
+    from rlquant.tuning import TuneOptions, run_tune
+
+    status = run_tune(
+        TuneOptions(
+            source=source,
+            env=env,
+            retain=retain,
+            memory=memory,
+            deadline=deadline,
+            methods=_names(methods, "--methods"),
+            episodes=episodes,
+            seed=seed,
+            confidence=confidence,
+            max_episodes=max_episodes,
+            calibration_episodes=calibration_episodes,
+            normaliser=normaliser,
+            frame_stack=frame_stack,
+            trust=trust,
+            out=out,
+        )
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
     """List shipped agents, environments, recipes or schemes."""
     if kind not in KINDS:

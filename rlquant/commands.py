@@ -15,7 +15,7 @@ from rlquant.runs import RunFolder, machine_info, package_versions
 if TYPE_CHECKING:
     from rlquant.control import Agent
 
-__all__ = ["EvaluateOptions", "run_evaluate", "run_quantize"]
+__all__ = ["EvaluateOptions", "default_folder", "publish", "run_evaluate", "run_quantize"]
 
 RUNTIMES = ("auto", "torch")
 
@@ -88,7 +88,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         "settings": settings_json(settings),
         "versions": versions,
     }
-    folder = RunFolder(options.out or _default_folder(artifact or agent), determined)
+    folder = RunFolder(options.out or default_folder(artifact or agent), determined)
     with _progress() as progress:
         evaluation = Evaluation(
             agent,
@@ -108,7 +108,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         reference=measured["reference"],
         rows=measured["rows"],
     )
-    _publish(folder, document)
+    publish(folder, document)
 
 
 def run_quantize(
@@ -193,7 +193,7 @@ def _reference_of(artifact: Agent, options: EvaluateOptions) -> Agent:
     return agent
 
 
-def _publish(folder: RunFolder, document: dict[str, Any]) -> None:
+def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     """Write the results and show them."""
     from rich.console import Console
 
@@ -208,10 +208,10 @@ def _publish(folder: RunFolder, document: dict[str, Any]) -> None:
     console.print(f"\n{folder.path / 'results.json'}\n{report}", style="dim", soft_wrap=True)
 
 
-def _default_folder(agent: Agent) -> Path:
-    """``runs/<what>-<where>``: the same command finds its folder again."""
-    name = Path(agent.source).stem or "agent"
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{agent.algorithm}").lower()
+def default_folder(agent: Agent, *what: str) -> Path:
+    """``runs/<what>-<agent>-<algorithm>``: the same command finds its folder again."""
+    name = "-".join([*what, Path(agent.source).stem or "agent", agent.algorithm])
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", name).lower()
 
 
 def _device(name: str) -> str:

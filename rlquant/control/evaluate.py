@@ -15,7 +15,7 @@ import numpy as np
 from rlquant import catalog
 from rlquant.control.agent import Agent
 from rlquant.control.collect import CALIBRATION_SEED
-from rlquant.control.environment import random_scores
+from rlquant.control.environment import EnvSpec, random_scores
 from rlquant.control.methods import AUTO, parse_method
 from rlquant.control.profile import Profiler
 from rlquant.control.quantizer import Pieces, Quantizer
@@ -24,7 +24,7 @@ from rlquant.errors import InputError
 from rlquant.measure import Measurement, Retention, Score, Size, compare
 from rlquant.quant import MixedScheme
 
-__all__ = ["LOOKS", "Evaluation", "Settings", "evaluate"]
+__all__ = ["LOOKS", "Evaluation", "Settings", "evaluate", "random_score_of"]
 
 LOOKS = 5
 """How often a sequential run may look; each look's interval has confidence ``1 - (1 - c) / LOOKS`` (Bonferroni)."""
@@ -145,6 +145,8 @@ class Evaluation:
         settings: what to run.
         artifact: a quantized agent made from it earlier, to be evaluated as it is.
         pieces: keeps finished pieces for a resumed run; None keeps nothing.
+        rows: (scheme, method) of each row, fp32 first; by default those of the settings.
+        quantizer: what quantizes the agent, on its own environments; by default a new one.
         workers, batch: processes, and episodes that step together; neither changes a score.
         progress: called with (row name, episodes done, episodes wanted).
     """
@@ -156,6 +158,8 @@ class Evaluation:
         *,
         artifact: Agent | None = None,
         pieces: Pieces | None = None,
+        rows: Sequence[tuple[MixedScheme, str]] | None = None,
+        quantizer: Quantizer | None = None,
         workers: int = 1,
         batch: int = 128,
         progress: Progress | None = None,
@@ -170,20 +174,22 @@ class Evaluation:
         self.pieces = pieces
         self.workers, self.batch = workers, batch
         self.progress = progress or (lambda _name, _done, _wanted: None)
-        self.pool = EnvPool(agent.env)
-        self.quantizer = Quantizer(
+        self.chosen_rows = rows
+        self._owns_pool = quantizer is None
+        self.quantizer = quantizer or Quantizer(
             agent,
-            self.pool,
+            EnvPool(agent.env),
             seed=settings.seed,
             calibration_episodes=settings.calibration_episodes,
             closed_loop=settings.closed_loop,
             pieces=pieces,
         )
+        self.pool = self.quantizer.pool
 
     def run(self) -> dict[str, Any]:
         """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
         try:
-            random_score = self._random_score()
+            random_score = random_score_of(self.agent.env, seed=self.settings.seed, pieces=self.pieces)
             rows = self._rows()
             for row in rows:
                 self._play(row, self.settings.episodes)
@@ -191,28 +197,17 @@ class Evaluation:
                 self._play_until_decided(rows, random_score)
             self._measure(rows)
         finally:
-            self.pool.close()
+            if self._owns_pool:
+                self.pool.close()
         measured = [self._measurement(row, rows[0], random_score) for row in rows]
         reference = {"precision": "fp32", "random_score": random_score}
         return {"reference": reference, "rows": [measurement.to_row() for measurement in measured]}
-
-    def _random_score(self) -> float:
-        card = catalog.env_card(self.agent.env.id) or {}
-        if card.get("random_score") and card["make"]["kwargs"] == self.agent.env.kwargs:
-            return float(card["random_score"]["mean"])
-        kept = self._kept("random")
-        if kept is None:
-            self.progress("random", 0, _RANDOM_EPISODES)
-            scores = random_scores(self.agent.env, _RANDOM_EPISODES, self.settings.seed)
-            kept = {"mean": float(scores.mean())}
-            self._keep("random", kept)
-        return float(kept["mean"])
 
     def _rows(self) -> list[_Row]:
         """fp32 first; what an interrupted run has kept is filled in."""
         rows = [
             _Row(scheme, method, self._quantized(scheme, method))
-            for scheme, method in self.settings.schemes()
+            for scheme, method in self.chosen_rows or self.settings.schemes()
         ]
         if self.artifact is not None:
             scheme = MixedScheme.parse(self.artifact.precision)
@@ -330,6 +325,19 @@ class Evaluation:
 
     def _keep_row(self, row: _Row) -> None:
         self._keep(row.name, {"returns": row.returns, "profile": row.profile})
+
+
+def random_score_of(env: EnvSpec, *, seed: int, pieces: Pieces | None = None) -> float:
+    """Mean return of random actions: what the environment's card says, or measured."""
+    card = catalog.env_card(env.id) or {}
+    if card.get("random_score") and card["make"]["kwargs"] == env.kwargs:
+        return float(card["random_score"]["mean"])
+    kept = pieces.piece("random") if pieces is not None else None
+    if kept is None:
+        kept = {"mean": float(random_scores(env, _RANDOM_EPISODES, seed).mean())}
+        if pieces is not None:
+            pieces.save_piece("random", kept)
+    return float(kept["mean"])
 
 
 def evaluate(

@@ -52,7 +52,7 @@ class Profiler:
             "artifact_bytes": _artifact_bytes(agent),
             "agreement": plain(self._agreement(agent)),
             "weights": [],
-            "latency_us": plain(self._latency(agent, simulated=not scheme.is_identity)),
+            "latency_us": plain(self.latency(agent, simulated=not scheme.is_identity)),
         }
 
     def histograms(
@@ -82,7 +82,8 @@ class Profiler:
         gap = q_gap(before, after) if agent.values_actions else None
         return Agreement(found.action, found.max_abs, gap)
 
-    def _latency(self, agent: Agent, *, simulated: bool) -> Latency:
+    def latency(self, agent: Agent, *, simulated: bool) -> Latency:
+        """Of one action on one thread; see :func:`~rlquant.measure.measure_latency`."""
         session = Session(agent, rows=1, tile=1, device=self.device)
         starts = np.zeros(1, bool)
         with single_thread():

@@ -63,6 +63,7 @@ class Quantizer:
         self.calibration_episodes, self.closed_loop = calibration_episodes, closed_loop
         self.loops: dict[tuple[str, str], ClosedLoop] = {}
         self._inputs: Inputs | None = None
+        self._made: dict[tuple[str, str], Agent] = {}
 
     def quantize(self, scheme: MixedScheme, method: str) -> Agent:
         """The agent under a scheme; itself under fp32. Its ``method`` says what ``auto`` has chosen.
@@ -72,6 +73,12 @@ class Quantizer:
         """
         if scheme.is_identity:
             return self.agent
+        key = scheme.name, method
+        if key not in self._made:
+            self._made[key] = self._quantized(scheme, method)
+        return self._made[key]
+
+    def _quantized(self, scheme: MixedScheme, method: str) -> Agent:
         parsed = parse_method(method)
         if parsed.trains:
             return self._student(scheme, method)

@@ -2,5 +2,6 @@
 
 from rlquant.report.html import render_report
 from rlquant.report.table import terminal_table, verdict_lines
+from rlquant.report.tuning import front_table, sensitivity_table
 
-__all__ = ["render_report", "terminal_table", "verdict_lines"]
+__all__ = ["front_table", "render_report", "sensitivity_table", "terminal_table", "verdict_lines"]
