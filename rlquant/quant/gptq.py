@@ -13,7 +13,8 @@ added, each of which saves a policy much of its reward:
   after its rounding with compensation; in a layer of more than 512 rows, 128 of them first narrow the eight
   to two. Scales are those of T before rounding (static groups), which act-order needs.
 
-H gets 0.01 of its mean diagonal added, more where samples are few. A column whose input was always zero is
+H gets a share of its mean diagonal added: 0.01 times columns over calibration rows, at least 0.001. What few
+samples say is trusted less. A column whose input was always zero is
 rounded to nearest and neither gives nor takes compensation; the paper zeroes it, but a state that calibration
 missed would then meet another policy. A row that came out worse than round-to-nearest keeps its nearest
 codes.
@@ -40,6 +41,7 @@ from rlquant.quant.tensor import nearest_codes, nearest_qparams, spread_qparams
 __all__ = ["gptq"]
 
 DAMPING = 0.01
+LEAST_DAMPING = 0.001
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 SEARCH_ROWS = 512
 SAMPLED_ROWS = 128
@@ -63,11 +65,11 @@ def gptq(matrix: Tensor, scheme: Scheme, moments: InputMoments | None, what: str
 
 
 def _damping(moments: InputMoments, what: str) -> float:
-    """The usual damping, or more where there are fewer rows than columns; says so."""
+    """A share of the mean diagonal by how scarce the rows are; says so where they are fewer than columns."""
     columns = moments.gram.shape[-1]
+    damping = min(1.0, max(LEAST_DAMPING, DAMPING * columns / moments.count))
     if moments.count >= columns:
-        return DAMPING
-    damping = min(1.0, DAMPING * columns / moments.count)
+        return damping
     warnings.warn(
         f"{what}: {moments.count} calibration rows do not determine the Hessian of {columns} columns; damping is "
         f"raised from {DAMPING:g} to {damping:.2g}. Calibrate with more data",
