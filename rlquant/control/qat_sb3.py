@@ -5,15 +5,20 @@
     agent = quantized_agent(model)      # evaluate it, save it as an artifact
 
 For ``delay`` steps the policy trains in float. Then the layers that choose actions are swapped, in place, for
-trainable quantized ones, with ranges from the observations that the model has collected itself. From then on
-the acting policy *is* the quantized one, in rollouts and in the loss: a policy that acts quantized and is
+trainable quantized ones (LSQ: Esser et al. 2020, arXiv:1902.08153; LSQ+: Bhalgat et al. 2020,
+arXiv:2004.09576), with ranges from the observations that the model has collected itself. Quantization-aware
+training of policies with such a delay is that of QuaRL (Krishnan et al. 2022, arXiv:1910.01055). From the swap
+on the acting policy *is* the quantized one, in rollouts and in the loss: a policy that acts quantized and is
 updated as float has wrong probability ratios (PPO) and wrong targets. Critics stay in float, they are not
 deployed; target networks of what acts (DQN, TD3) are swapped alike.
 
-The float parameters stay the same objects, so optimisers keep their moments; scales and zero points join them
-as a second parameter group. Observations are standardised, and the first layer absorbs that, which is what
-decides at 2 to 4 bits. Until the freeze the map is chosen anew when observations leave its grid, because a
-policy that learns goes to new places; each change is exact for the float weights. ``model.save`` and ``PPO.load`` work as ever, wherever rlquant is installed.
+A trained agent is fine-tuned by the same line, after ``SAC.load``.
+
+The float parameters stay the same objects, so optimisers go on with them; scales and zero points join them as
+a second parameter group, at the same learning rate. Observations are standardised, and the first layer absorbs
+that, which is what decides at 2 to 4 bits. Until the freeze the map is chosen anew when observations leave its
+grid, because a policy that learns goes to new places; each change is exact for the float weights.
+``model.save`` and ``SAC.load`` work as ever, wherever rlquant is installed.
 """
 
 from __future__ import annotations

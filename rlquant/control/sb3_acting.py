@@ -123,7 +123,7 @@ class ActingNetwork:
             The new parameters: scales and zero points.
         """
         first = self.actor.trunk[0]  # type: ignore[index]
-        if scheme.quantizes_activations and len(self._encoder) == 1 and isinstance(first, nn.Linear):
+        if len(self._encoder) == 1 and isinstance(first, nn.Linear):  # a vector, flattened
             seen = torch.zeros(1, first.in_features) if inputs is None else inputs
             fold_features_(self.actor, {"": seen.to(first.weight.device)}, standard_range)
         _make_trainable(self.actor, scheme, inputs, observer)
