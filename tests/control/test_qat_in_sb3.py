@@ -14,15 +14,15 @@ import sb3_contrib
 import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
 from rlquant import catalog
-from rlquant.control import Agent, from_sb3, load_artifact, quantize_agent, rollout, save_artifact
+from rlquant.control import Agent, load, load_artifact, quantize_agent, rollout, save_artifact
 from rlquant.control.collect import collect
 from rlquant.control.qat_sb3 import QuantizationCallback, quantized_agent
 from rlquant.errors import InputError
-from rlquant.quant import Scheme
 from tests.control.sb3_models import vec_env
 
 NET = {"net_arch": [16, 16]}
@@ -381,3 +381,48 @@ def test_a_quantized_model_keeps_its_scheme() -> None:
     model.learn(384, callback=QuantizationCallback("w4a8"))
     with pytest.raises(InputError, match="trains at w4a8 already; it cannot go on at int8"):
         model.learn(64, callback=QuantizationCallback("int8"))
+
+
+def _shipped(name: str, model: Any) -> Any:
+    """The model with the actor of a shipped agent; shipped files have no critic."""
+    loaded = type(model).load(catalog.agent_folder(name) / "agent.zip", device="cpu")
+    actor = {k: v for k, v in loaded.policy.state_dict().items() if "value" not in k}
+    assert not model.policy.load_state_dict(actor, strict=False).unexpected_keys
+    return model
+
+
+def _score(agent: Agent) -> float:
+    return float(rollout(agent, range(10), seed=0).returns.mean())
+
+
+def test_fine_tuning_a_trained_policy_keeps_at_2_bits_what_rounding_loses() -> None:
+    agent = load("ppo-cartpole")
+    rounded = quantize_agent(agent, "w2a4", inputs=collect(agent, 4, seed=500_000))
+    env = make_vec_env("CartPole-v1", 8, seed=0)
+    fresh = sb3.PPO("MlpPolicy", env, n_steps=64, n_epochs=4, gamma=0.98, seed=0, device="cpu")
+    model = _shipped("ppo-cartpole", fresh)
+    model.learn(2048, callback=QuantizationCallback("w2a4"))
+    assert _score(rounded) < 150
+    assert _score(quantized_agent(model)) > 400
+
+
+@pytest.mark.slow
+def test_fine_tuning_wins_back_what_rounding_lost() -> None:
+    agent = load("dqn-cartpole")
+    rounded = quantize_agent(agent, "w4a8", inputs=collect(agent, 4, seed=500_000))
+    model = sb3.DQN.load(
+        catalog.agent_folder("dqn-cartpole") / "agent.zip",
+        env=make_vec_env("CartPole-v1", 1, seed=0),
+        device="cpu",
+        seed=0,
+        buffer_size=20_000,
+        learning_starts=500,
+        learning_rate=5e-4,
+        exploration_initial_eps=0.04,
+        train_freq=16,
+        gradient_steps=8,
+        target_update_interval=100,
+    )
+    model.learn(6000, callback=QuantizationCallback("w4a8"))
+    assert _score(rounded) < 50
+    assert _score(quantized_agent(model)) > 200
