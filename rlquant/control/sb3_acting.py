@@ -106,9 +106,8 @@ class ActingNetwork:
         self.actor = Actor({"": nn.Sequential(*encoder)}, nn.Sequential(*trunk))  # type: ignore[arg-type]
 
     def check(self, scheme: MixedScheme) -> None:
-        """Raise what :meth:`prepare` would raise; changes nothing, not even torch's random state."""
-        with torch.random.fork_rng(devices=[]):
-            _make_trainable(copy.deepcopy(self.actor), scheme, None, "minmax")
+        """Raise what :meth:`prepare` would raise; changes nothing."""
+        _make_trainable(copy.deepcopy(self.actor), scheme, None, "minmax")
 
     def prepare(self, scheme: MixedScheme, inputs: Tensor | None, observer: str) -> list[nn.Parameter]:
         """Make the network trainable under ``scheme``, in the policy.
