@@ -25,6 +25,7 @@ from rlquant.errors import InputError
 __all__ = ["Granularity", "as_matrix", "row_chunks"]
 
 CHUNK_ELEMENTS = 2**22  # temporaries of one step stay near 16 MiB each, whatever the tensor's size
+CACHED_ELEMENTS = 2**18  # and within a core's cache, for searches that go over the same values many times
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.reshape(1, -1) if weight.dim() < 2 else weight.reshape(weight.shape[0], -1)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows of about ``CHUNK_ELEMENTS`` elements each, so that large tensors fit in memory."""
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices of rows of about ``elements`` elements each, so that temporaries fit in memory (or in a cache)."""
+    step = max(1, elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))

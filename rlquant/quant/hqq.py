@@ -26,13 +26,13 @@ from torch import Tensor
 
 from rlquant.quant.affine import QParams, fake_quantize, qparams_from_range
 from rlquant.quant.formats import Format
-from rlquant.quant.granularity import row_chunks
+from rlquant.quant.granularity import CACHED_ELEMENTS, row_chunks
 from rlquant.quant.moments import InputMoments
 from rlquant.quant.ranges import minmax
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import nearest_codes
 
-__all__ = ["hqq", "shrink"]
+__all__ = ["hqq"]
 
 P = 0.7
 BETA = 10.0
@@ -47,18 +47,11 @@ def hqq(
     scale_rows = scheme.granularity.scale_shape(*matrix.shape)[0]
     parts = []
     for blocks in scheme.granularity.blocks(matrix):
-        chunks = [_fit(blocks[rows], scheme.stored) for rows in row_chunks(*blocks.shape)]
+        chunks = [_fit(blocks[rows], scheme.stored) for rows in row_chunks(*blocks.shape, CACHED_ELEMENTS)]
         parts.append([torch.cat(side).view(scale_rows, -1) for side in zip(*chunks, strict=True)])
     scale, zero_point = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
     qparams = QParams(scale, None if scheme.stored.signed else zero_point.to(torch.int32))
     return nearest_codes(matrix, qparams, scheme), qparams
-
-
-def shrink(x: Tensor, beta: float, p: float = P) -> Tensor:
-    """The proximal step of ``|x|_p^p``: ``sign(x) relu(|x| - |x|^(p-1) / beta)``, zero at zero."""
-    magnitude = x.abs()
-    threshold = torch.where(magnitude > 0, magnitude.clamp(min=1e-30) ** (p - 1) / beta, 0.0)
-    return x.sign() * (magnitude - threshold).clamp(min=0.0)
 
 
 def _fit(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -71,12 +64,14 @@ def _fit(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     beta = BETA
     for _ in range(ITERATIONS):
         restored = fake_quantize(blocks, QParams(scale, None if fmt.signed else zero_point), fmt)
-        error = blocks - restored
-        loss = error.abs().pow(P).sum(dim=1, keepdim=True)
+        steps = (blocks - restored) / scale
+        size = steps.abs()
+        slope = size.clamp(min=1e-30).pow(P - 1)  # infinite at zero, which the shrinking leaves at zero
+        loss = (size * slope).sum(dim=1, keepdim=True) * scale.pow(P)
         better = loss < best_loss
         best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
         best_loss = torch.minimum(loss, best_loss)
-        target = blocks - scale * shrink(error / scale, beta)
+        target = blocks - scale * steps.sign() * (size - slope / beta).clamp(min=0.0)
         scale, zero_point = _least_squares(restored / scale, target, scale, zero_point, fmt)
         beta *= KAPPA
     return best

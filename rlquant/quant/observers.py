@@ -12,7 +12,7 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.quant.affine import QParams, finite_extremes, qparams_from_range
 from rlquant.quant.formats import Format
-from rlquant.quant.granularity import Granularity, as_matrix, row_chunks
+from rlquant.quant.granularity import CACHED_ELEMENTS, Granularity, as_matrix, row_chunks
 from rlquant.quant.ranges import Range, RangeRule, get_observer, mse
 
 __all__ = ["Observer", "Reservoir", "weight_qparams", "weight_ranges"]
@@ -123,7 +123,7 @@ def weight_ranges(matrix: Tensor, fmt: Format, granularity: Granularity, observe
 def _ranges(blocks: Tensor, fmt: Format, rule: RangeRule, offered: Range | None = None) -> Range:
     """The rule over chunks of rows, so that its temporaries stay small."""
     parts = []
-    for rows in row_chunks(*blocks.shape):
+    for rows in row_chunks(*blocks.shape, CACHED_ELEMENTS):
         if offered is None:
             parts.append(rule(blocks[rows], fmt))
         else:

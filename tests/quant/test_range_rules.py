@@ -12,7 +12,7 @@ from torch import nn
 
 from rlquant.quant import Scheme, quantize_
 from rlquant.quant.clip import clipped_qparams
-from rlquant.quant.hqq import P, shrink
+from rlquant.quant.hqq import P
 
 SCALED = ["int4", "int3-g7", "int2-asym", "int4-tensor", "nf4", "fp4_e2m1-g5", "fp8_e4m3"]
 
@@ -66,13 +66,6 @@ def test_clip_is_better_than_nearest_on_its_calibration(scheme: str) -> None:
     x = correlated(1000, 64)
     layer = heavy_tailed()
     assert loss_of(layer, scheme, "clip", x) <= loss_of(layer, scheme, "rtn", x)
-
-
-@given(st.floats(-5, 5, allow_subnormal=False), st.floats(0.5, 50.0), st.floats(0.1, 1.0))
-def test_shrink_is_the_formula(x: float, beta: float, p: float) -> None:
-    ours = float(shrink(torch.tensor(x, dtype=torch.float64), beta, p))
-    expected = 0.0 if x == 0 else np.sign(x) * max(0.0, abs(x) - abs(x) ** (p - 1) / beta)
-    assert ours == pytest.approx(expected, abs=1e-12)
 
 
 def lp_error(layer: nn.Linear, scheme: str, method: str) -> float:
