@@ -47,7 +47,10 @@ def hqq(
     scale_rows = scheme.granularity.scale_shape(*matrix.shape)[0]
     parts = []
     for blocks in scheme.granularity.blocks(matrix):
-        chunks = [_fit(blocks[rows], scheme.stored) for rows in row_chunks(*blocks.shape, elements=CACHED_ELEMENTS)]
+        chunks = [
+            _fit(blocks[rows], scheme.stored)
+            for rows in row_chunks(len(blocks), blocks.shape[1], CACHED_ELEMENTS)
+        ]
         parts.append([torch.cat(side).view(scale_rows, -1) for side in zip(*chunks, strict=True)])
     scale, zero_point = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
     qparams = QParams(scale, None if scheme.stored.signed else zero_point.to(torch.int32))

@@ -123,7 +123,7 @@ def weight_ranges(matrix: Tensor, fmt: Format, granularity: Granularity, observe
 def _ranges(blocks: Tensor, fmt: Format, rule: RangeRule, offered: Range | None = None) -> Range:
     """The rule over chunks of rows, so that its temporaries stay small."""
     parts = []
-    for rows in row_chunks(*blocks.shape, elements=CACHED_ELEMENTS):
+    for rows in row_chunks(len(blocks), blocks.shape[1], CACHED_ELEMENTS):
         if offered is None:
             parts.append(rule(blocks[rows], fmt))
         else:
