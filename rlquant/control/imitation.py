@@ -1,9 +1,11 @@
 """How far a student's outputs are from its teacher's, in terms of the actions that they lead to.
 
 An argmax is unmoved by an offset common to all actions and is decided by the gap between the best two, so
-outputs are centred over actions, divided by the teacher's typical gap, and compared as a policy: the KL
-divergence from the teacher's softmax to the student's, with a little squared error, which keeps its gradient
-where both policies are sure. Numbers are compared after the head's tanh or clip, because beyond saturation
+outputs are centred over actions, divided by the teacher's gap and compared as a policy: the KL divergence
+from the teacher's softmax to the student's, with a little squared error, which keeps its gradient where both
+policies are sure. Where the gap is smaller than is typical, the typical one takes its place. Without a scale of
+its own, a state where the teacher is a hundred times as sure would count ten thousand times as much, and the
+student would learn large values of lost states instead of close decisions. Numbers are compared after the head's tanh or clip, because beyond saturation
 they act alike, with a little of the difference before it, so that a student saturated on the wrong side
 finds back.
 """
@@ -24,7 +26,7 @@ Imitation = Callable[[Tensor, Tensor], Tensor]
 """From outputs of student and teacher, ``[n, outputs]`` each, to a scalar."""
 
 SHARPNESS = 2.0
-"""The teacher's softmax gives its best action ``exp(SHARPNESS)`` times the odds of the next at a typical gap."""
+"""The teacher's softmax gives its best action ``exp(SHARPNESS)`` times the odds of the next, or less."""
 
 SQUARED_SHARE = 0.1
 PRE_SQUASH_SHARE = 0.01
@@ -36,7 +38,7 @@ def imitation_loss(head: Head, labels: Tensor) -> Imitation:
 
     Args:
         head: of teacher and student.
-        labels: outputs of the teacher ``[n, outputs]`` on its own episodes, which set the scale of gaps.
+        labels: outputs of the teacher ``[n, outputs]`` on its own episodes, which say what gap is typical.
     """
     if head.kind in ("argmax", "multi_argmax"):
         return _Choices(list(head.space.sizes), labels)
@@ -64,7 +66,8 @@ class _Choices:
             strict=True,
         )
         for student, teacher, gap in branches:
-            student, teacher = (_centred(x) / gap for x in (student, teacher))
+            scale = _gaps(teacher).clamp(min=gap)
+            student, teacher = (_centred(x) / scale for x in (student, teacher))
             policy = (SHARPNESS * teacher).softmax(dim=1)
             total = total + F.kl_div((SHARPNESS * student).log_softmax(dim=1), policy, reduction="batchmean")
             total = total + SQUARED_SHARE * F.mse_loss(student, teacher)
@@ -72,10 +75,7 @@ class _Choices:
 
     @staticmethod
     def _typical_gap(branch: Tensor) -> float:
-        if branch.shape[1] < 2:
-            return 1.0
-        best = branch.topk(2, dim=1).values
-        return float((best[:, 0] - best[:, 1]).median().clamp(min=1e-6))
+        return float(_gaps(branch).median().clamp(min=1e-6)) if branch.shape[1] > 1 else 1.0
 
 
 class _Clipped:
@@ -102,6 +102,14 @@ def _switches(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(outputs, labels.sigmoid()) + SQUARED_SHARE * F.mse_loss(
         outputs.clamp(-4, 4), labels.clamp(-4, 4)
     )
+
+
+def _gaps(outputs: Tensor) -> Tensor:
+    """By how much the best action leads, ``[n, 1]``; 0 where there is but one."""
+    if outputs.shape[1] < 2:
+        return torch.zeros_like(outputs)
+    best = outputs.topk(2, dim=1).values
+    return best[:, :1] - best[:, 1:]
 
 
 def _centred(x: Tensor) -> Tensor:
