@@ -5,9 +5,10 @@ outputs are centred over actions, divided by the teacher's gap and compared as a
 from the teacher's softmax to the student's, with a little squared error, which keeps its gradient where both
 policies are sure. Where the gap is smaller than is typical, the typical one takes its place. Without a scale of
 its own, a state where the teacher is a hundred times as sure would count ten thousand times as much, and the
-student would learn large values of lost states instead of close decisions. Numbers are compared after the head's tanh or clip, because beyond saturation
-they act alike, with a little of the difference before it, so that a student saturated on the wrong side
-finds back.
+student would learn large values of lost states instead of close decisions.
+
+Numbers are compared after the head's tanh or clip, because beyond saturation they act alike, with a little of
+the difference before it, so that a student saturated on the wrong side finds back.
 """
 
 from __future__ import annotations
