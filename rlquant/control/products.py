@@ -1,0 +1,105 @@
+"""Matrix products of a program, from float and quantized layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rlquant.deploy.program import Conv2d, Linear, Weight
+from rlquant.errors import InputError
+from rlquant.quant import QuantConv2d, QuantizedWeight, QuantLinear
+from rlquant.quant.activations import DynamicQuantizer, StaticQuantizer
+
+__all__ = ["Grid", "product_of"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The unsigned grid that a layer reads: ``q = rint(x / scale) + zero`` in ``0 .. 2**bits - 1``."""
+
+    scale: float
+    zero: int
+    bits: int
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    @classmethod
+    def of(cls, quantizer: nn.Module) -> Grid | None:
+        """Of a layer's activation quantizer; None where it leaves floats. Raises InputError for a dynamic one."""
+        if isinstance(quantizer, DynamicQuantizer):
+            raise _cannot("an activation range per call (-dynamic)")
+        if not isinstance(quantizer, StaticQuantizer):
+            return None
+        return cls(float(quantizer.scale), int(quantizer.zero_point), quantizer.fmt.bits)
+
+
+def product_of(
+    layer: nn.Module, source: int, grid: Grid | None, image: tuple[int, ...] | None
+) -> tuple[Linear, tuple[int, ...] | None]:
+    """The product of a layer, its target still open, in real units; and the shape of the image that it makes.
+
+    Args:
+        layer: float or quantized.
+        source: the buffer that it reads.
+        grid: of that buffer; None for float.
+        image: channels, height and width of that buffer, None for a vector.
+
+    Raises:
+        InputError: a layer or a feature of its scheme that no program can do.
+    """
+    if not isinstance(layer, nn.Linear | nn.Conv2d | QuantLinear | QuantConv2d):
+        raise _cannot(f"a layer of type {type(layer).__name__}")
+    if getattr(layer, "outlier_index", None) is not None:
+        raise _cannot("an outlier split")
+    weight, scale = _weight(layer, integer=grid is not None)
+    bias = np.zeros(weight.rows) if layer.bias is None else layer.bias.detach().double().numpy()
+    gain, zero = (scale, 0) if grid is None else (scale * grid.scale, grid.zero)
+    group = _group(layer) or weight.columns
+    parts = (source, source, weight, bias.astype(np.float32), gain.astype(np.float32), group, zero)
+    if isinstance(layer, nn.Linear | QuantLinear):
+        return Linear(*parts), None
+    assert image is not None
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise _cannot(f"a Conv2d with padding {layer.padding!r} of mode {layer.padding_mode!r}")
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    names = ("kernel", "stride", "padding", "dilation")
+    shape = dict(zip(names, geometry, strict=True))
+    conv = Conv2d(*parts, image=image, blocks=layer.groups, **shape)  # type: ignore[arg-type]
+    return conv, (weight.rows, *conv.out_size)
+
+
+def _cannot(what: str) -> InputError:
+    return InputError(f"{what} cannot be compiled into a program; the runtime torch can run it")
+
+
+def _group(layer: nn.Module) -> int | None:
+    return (
+        layer.packed.scheme.granularity.group_size if isinstance(layer, QuantLinear | QuantConv2d) else None
+    )
+
+
+def _weight(layer: Any, integer: bool) -> tuple[Weight, Array]:
+    """The matrix and its scales, float64 ``[rows, groups]``."""
+    if isinstance(layer, QuantLinear | QuantConv2d):
+        packed: QuantizedWeight = layer.packed
+        rows = packed.shape[0]
+        columns = int(np.prod(packed.shape[1:]))
+        if packed.scheme.weights.kind == "int" and packed.scheme.symmetric:
+            assert packed.scale is not None
+            scale = np.broadcast_to(packed.scale.double().numpy(), (rows, packed.scale.shape[1]))
+            return Weight(rows, columns, packed.scheme.weights.bits, packed.codes.numpy()), scale
+        if integer:
+            raise _cannot(f"{packed.scheme.name} (integers beside a zero point of the weights)")
+    dense: torch.Tensor = layer.weight.detach().flatten(1)
+    rows, columns = dense.shape
+    return Weight(rows, columns, 32, dense.numpy()), np.ones((rows, 1))

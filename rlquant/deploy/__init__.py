@@ -1,0 +1,1 @@
+"""Policies as programs of integers, and the runtimes that run them."""

@@ -1,0 +1,116 @@
+"""The NumPy interpreter: slow, plain, and what every other runtime has to agree with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlquant.deploy.floats import ACTIVATIONS
+from rlquant.deploy.head import tanh32
+from rlquant.deploy.program import Activate, Affine, Conv2d, Linear, Op, Program, Table
+
+__all__ = ["run"]
+
+Array = NDArray[Any]
+
+
+def run(program: Program, observations: dict[str, Array]) -> NDArray[np.float32]:
+    """Head outputs for a batch.
+
+    Args:
+        program: what to run.
+        observations: ``[n, *shape]`` by key, finite or infinite but not NaN.
+
+    Returns:
+        float32 ``[n, outputs]``.
+    """
+    rows = len(next(iter(observations.values())))
+    buffers: list[Array] = [
+        np.zeros((rows, buffer.size), np.float32 if buffer.is_float else np.int32)
+        for buffer in program.buffers
+    ]
+    for index, key in enumerate(program.inputs):
+        buffers[index] = observations[key].reshape(rows, -1).astype(np.float32)
+    for op in program.ops:
+        to_float = program.buffers[op.target].is_float
+        result = _apply(op, buffers[op.source], program.buffers[op.source].is_float, to_float)
+        start = getattr(op, "start", 0)
+        buffers[op.target][:, start : start + result.shape[1]] = result
+    return buffers[-1]
+
+
+def _apply(op: Op, x: Array, from_float: bool, to_float: bool) -> Array:
+    if isinstance(op, Affine):
+        return _affine(op, x, to_float)
+    if isinstance(op, Table):
+        entries: Array = op.table[x].astype(np.int32)
+        return entries
+    if isinstance(op, Activate):
+        return tanh32(x) if op.kind == "Tanh" else ACTIVATIONS[op.kind](x).astype(np.float32)
+    patches = (
+        _patches(op, x) if isinstance(op, Conv2d) else x[:, None, None, :]
+    )  # [n, blocks, positions, columns]
+    product = _float_product if from_float else _integer_product
+    result = product(op, patches)  # [n, positions, rows]
+    if not to_float:
+        result = np.clip(np.rint(result) + np.float32(op.zero), op.low, op.high).astype(np.int32)
+    flat: Array = result.transpose(0, 2, 1).reshape(len(x), -1)
+    return flat
+
+
+def _affine(op: Affine, x: Array, to_float: bool) -> Array:
+    with np.errstate(over="ignore"):
+        x = x if op.order is None else x[:, op.order]
+        y = np.clip(x.astype(np.float32) * op.gain + op.offset, op.low, op.high)
+    result: Array = y if to_float else np.rint(y).astype(np.int32)
+    return result
+
+
+def _integer_product(op: Linear, patches: Array) -> Array:
+    """float32 ``[n, positions, rows]`` of integer patches, before rounding."""
+    weights, patches = op.weight.values.astype(np.float64), patches.astype(np.float64)  # exact below 2**53
+    total: Any = None
+    for index in range(op.gain.shape[1]):
+        columns = slice(index * op.group, (index + 1) * op.group)
+        sums = _blockwise(patches[..., columns], weights[:, columns]) + op.corrections[:, index]
+        part = sums.astype(np.float32) * op.gain[:, index]
+        total = part if total is None else total + part
+    result: Array = total + op.bias
+    return result
+
+
+def _float_product(op: Linear, patches: Array) -> Array:
+    scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
+    weights = op.weight.values.astype(np.float32) * scales
+    result: Array = _blockwise(patches, weights).astype(np.float32) + op.bias
+    return result
+
+
+def _blockwise(patches: Array, weights: Array) -> Array:
+    """``[n, positions, rows]``: each block of output rows sees its own block of patches."""
+    blocks = patches.shape[1]
+    parts = [patches[:, i] @ rows.T for i, rows in enumerate(np.split(weights, blocks))]
+    return np.concatenate(parts, axis=2)
+
+
+def _patches(op: Conv2d, x: Array) -> Array:
+    """``[n, blocks, positions, columns]`` of images ``[n, channels * height * width]``."""
+    (channels, height, width), (up, left) = op.image, op.padding
+    padded = np.full((len(x), channels, height + 2 * up, width + 2 * left), op.source_zero, x.dtype)
+    padded[:, :, up : up + height, left : left + width] = x.reshape(len(x), channels, height, width)
+    rows, columns = op.out_size
+    taps = [
+        padded[
+            :,
+            :,
+            i * op.dilation[0] : i * op.dilation[0] + rows * op.stride[0] : op.stride[0],
+            j * op.dilation[1] : j * op.dilation[1] + columns * op.stride[1] : op.stride[1],
+        ][:, :, :rows, :columns]
+        for i in range(op.kernel[0])
+        for j in range(op.kernel[1])
+    ]
+    stacked = np.stack(taps, axis=2)  # [n, channels, taps, rows, columns]
+    blocked = stacked.reshape(len(x), op.blocks, -1, rows * columns)
+    return blocked.transpose(0, 1, 3, 2)
