@@ -66,6 +66,10 @@ def agents(zoo: Path | None) -> dict[str, str]:
 def evaluate(name: str, source: str, column: Column, options: argparse.Namespace) -> dict[str, Any] | None:
     """The results document of one cell; None where it failed."""
     out = options.runs / re.sub(r"[^\w.-]+", "-", f"{name}-{column.title}")
+    if options.collect:
+        return (
+            json.loads((out / "results.json").read_text("utf-8")) if (out / "results.json").exists() else None
+        )
     command = [sys.executable, "-m", "rlquant", "evaluate", source, "--precisions", column.scheme]
     command += ["--method", column.method, "--margin", str(column.margin), "--out", str(out)]
     command += [
@@ -87,7 +91,7 @@ def evaluate(name: str, source: str, column: Column, options: argparse.Namespace
 def cell(document: dict[str, Any] | None) -> str:
     """Share of the reward that is kept, the verdict and the chosen method."""
     if document is None:
-        return "failed"
+        return "-"
     row = document["rows"][1]
     retention, chosen = row["retention"], row["method"].partition("=")[2]
     value = "-" if retention["value"] is None else f"{100 * retention['value']:.1f}%"
@@ -96,9 +100,7 @@ def cell(document: dict[str, Any] | None) -> str:
 
 def summary(column: Column, documents: list[dict[str, Any] | None]) -> str:
     """How many agents are retained, and who is not."""
-    verdicts = [
-        document["rows"][1]["retention"]["verdict"] if document else "failed" for document in documents
-    ]
+    verdicts = [document["rows"][1]["retention"]["verdict"] for document in documents if document]
     return f"{verdicts.count('retained')} of {len(verdicts)} at {column.margin:g}"
 
 
@@ -114,6 +116,14 @@ def three_bit_losses(table: dict[str, dict[Column, dict[str, Any] | None]]) -> t
         for method, value in values.items() if None not in values.values() else ():
             losses[method].append(min(1.0, max(0.0, 1 - float(value or 0.0))))
     return statistics.mean(losses["rtn"]), statistics.mean(losses["auto"])
+
+
+def machines(table: dict[str, dict[Column, dict[str, Any] | None]]) -> list[str]:
+    """What the cells were measured on and with."""
+    documents = [document for cells in table.values() for document in cells.values() if document]
+    return sorted(
+        {f"{d['machine']['processor']} (torch {d['versions']['torch'].partition('+')[0]})" for d in documents}
+    )
 
 
 def markdown(table: dict[str, dict[Column, dict[str, Any] | None]], command: str) -> str:
@@ -134,7 +144,7 @@ def markdown(table: dict[str, dict[Column, dict[str, Any] | None]], command: str
         f"At 3 bits (int3) round-to-nearest loses {100 * rtn:.1f}% of the reward on average over these agents, "
         f"the chosen training-free method {100 * chosen:.1f}%. **lost** and ? (undecided) are verdicts at the margin.",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}.",
+        f"`{command}`, {datetime.date.today().isoformat()}, on {' and '.join(machines(table))}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -149,6 +159,7 @@ def main() -> None:
     parser.add_argument("--max-episodes", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression for the names of the agents to run")
+    parser.add_argument("--collect", action="store_true", help="only gather what has been run")
     parser.add_argument("--runs", type=Path, default=Path("runs/retention"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
