@@ -236,24 +236,21 @@ def _observation(part: ObservationPart, buffer: int) -> _Mapped:
         raise InputError(
             f"observations of {part.space.describe()} cannot be compiled into a program; the runtime torch can run it"
         )
+    if part.stack > 1 and part.normaliser is not None:  # frames before an episode are zeros after normalising
+        raise InputError(
+            "stacked frames beside a normaliser cannot be compiled into a program; the runtime torch can run them"
+        )
     shape = _shown_shape(part)
     value = _identity(buffer, int(np.prod(shape, dtype=np.int64)))
     if part.normaliser is not None:
         deviation = np.sqrt(part.normaliser.var + part.normaliser.epsilon)
-        mean, inverse = (
-            np.broadcast_to(_stacked(x, part), shape).ravel() for x in (part.normaliser.mean, 1 / deviation)
-        )
+        mean, inverse = (np.broadcast_to(x, shape).ravel() for x in (part.normaliser.mean, 1 / deviation))
         value = value.then(inverse, -mean * inverse).within(-part.normaliser.clip, part.normaliser.clip)
     if part.transpose:
         order = np.arange(len(value.gain)).reshape(shape).transpose(2, 0, 1).ravel().astype(np.int32)
         arrays = {name: getattr(value, name)[order] for name in ("gain", "offset", "low", "high")}
         value = replace(value, order=order, **arrays)
     return value.then(1.0 / part.scale) if part.scale != 1.0 else value
-
-
-def _stacked(x: Array, part: ObservationPart) -> Array:
-    """Statistics of one frame, repeated for each frame of a stack."""
-    return np.concatenate([x] * part.stack, axis=0 if part.stack_axis == 1 else -1)
 
 
 def _shown_shape(part: ObservationPart) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ its score is the raw return. Precisions that are evaluated on the same seeds see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from rlquant.control.agent import Agent
 from rlquant.control.environment import EnvSpec, make_env
+from rlquant.control.program_session import ProgramSession
 from rlquant.control.session import TILE, Recorder, Session
 from rlquant.errors import InputError
 from rlquant.measure import single_thread
@@ -69,6 +70,7 @@ def rollout(
     batch: int = _MEMORY_BUDGET_ENVS,
     workers: int = 1,
     device: str = "cpu",
+    runtime: str = "torch",
     recorder: Recorder | None = None,
 ) -> Rollout:
     """Run episodes and return their scores; bit-identical for every ``batch`` and ``workers``.
@@ -80,8 +82,9 @@ def rollout(
         pool: environments to reuse; made and closed here by default.
         batch: how many episodes step together at most.
         workers: processes; each takes a consecutive share of the episodes.
-        device: where the network runs.
-        recorder: see :class:`~rlquant.control.session.Session`; needs one worker.
+        device: where the network runs, in torch.
+        runtime: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
+        recorder: see :class:`~rlquant.control.session.Session`; needs one worker and torch.
 
     Raises:
         InputError: no episodes, or an episode that does not end.
@@ -90,12 +93,13 @@ def rollout(
     if not numbers or batch < 1 or workers < 1:
         raise InputError("at least one episode, one environment and one worker are needed")
     if workers > 1 and len(numbers) > 1 and recorder is None:
-        return _in_processes(agent, numbers, seed, batch, workers, device)
+        return _in_processes(agent, numbers, seed, batch, workers, device, runtime)
     own = pool or EnvPool(agent.env)
     try:
         with single_thread():
             shares = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-            done = [_run_batch(agent, share, seed, own, device, recorder) for share in shares]
+            make = _session_maker(agent, device, runtime, recorder)
+            done = [_run_batch(agent, share, seed, own, make) for share in shares]
     finally:
         if pool is None:
             own.close()
@@ -107,15 +111,24 @@ def _joined(rollouts: list[Rollout]) -> Rollout:
     return Rollout(np.concatenate(returns), np.concatenate(lengths))
 
 
+SessionMaker = Callable[[int], Session | ProgramSession]
+
+
+def _session_maker(agent: Agent, device: str, runtime: str, recorder: Recorder | None) -> SessionMaker:
+    if runtime == "torch":
+        return lambda rows: Session(agent, rows, device=device, recorder=recorder)
+    return lambda rows: ProgramSession(agent, rows, runtime=runtime)
+
+
 def _run_batch(
-    agent: Agent, numbers: list[int], seed: int, pool: EnvPool, device: str, recorder: Recorder | None
+    agent: Agent, numbers: list[int], seed: int, pool: EnvPool, session_for: SessionMaker
 ) -> Rollout:
     # An episode's row depends on its number alone, so that it meets the same arithmetic in any batch.
     base = numbers[0] // TILE * TILE
     rows = [number - base for number in numbers]
     count = rows[-1] + 1
     envs: dict[int, gym.Env] = dict(zip(rows, pool.take(len(rows)), strict=True))
-    session = Session(agent, count, device=device, recorder=recorder)
+    session = session_for(count)
     world = _World(agent, count)
     for row, number in zip(rows, numbers, strict=True):
         world.show(row, envs[row].reset(seed=seed + number)[0], envs[row])
@@ -161,7 +174,7 @@ class _World:
 
 
 def _in_processes(
-    agent: Agent, numbers: list[int], seed: int, batch: int, workers: int, device: str
+    agent: Agent, numbers: list[int], seed: int, batch: int, workers: int, device: str, runtime: str
 ) -> Rollout:
     import multiprocessing
 
@@ -169,9 +182,9 @@ def _in_processes(
     # A forked copy of a process that has used torch's threads can hang, so fresh processes are spawned.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(shares), mp_context=context) as executor:
-        jobs = [executor.submit(_share, agent, share, seed, batch, device) for share in shares]
+        jobs = [executor.submit(_share, agent, share, seed, batch, device, runtime) for share in shares]
         return _joined([job.result() for job in jobs])
 
 
-def _share(agent: Agent, numbers: list[int], seed: int, batch: int, device: str) -> Rollout:
-    return rollout(agent, numbers, seed=seed, batch=batch, device=device)
+def _share(agent: Agent, numbers: list[int], seed: int, batch: int, device: str, runtime: str) -> Rollout:
+    return rollout(agent, numbers, seed=seed, batch=batch, device=device, runtime=runtime)

@@ -1,0 +1,56 @@
+"""Episodes of an agent whose program runs in one of the runtimes of ``rlquant.deploy``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlquant.control.agent import Agent
+from rlquant.control.compile import compile_agent
+from rlquant.control.observation import FrameStack
+from rlquant.deploy.runtime import make_runtime
+
+__all__ = ["ProgramSession"]
+
+
+class ProgramSession:
+    """Acts for several episodes at once, as :class:`~rlquant.control.session.Session` does.
+
+    A row's action does not depend on the other rows.
+
+    Args:
+        agent: whose program runs.
+        rows: episodes.
+        runtime: one of ``rlquant.deploy.RUNTIMES``.
+
+    Attributes:
+        outputs: head outputs float32 ``[rows, outputs]`` of the last step.
+
+    Raises:
+        InputError: the agent cannot be compiled, or the runtime lacks what it needs.
+    """
+
+    def __init__(self, agent: Agent, rows: int, *, runtime: str) -> None:
+        self.agent, self.rows = agent, rows
+        self.program = compile_agent(agent)
+        self.runtime = make_runtime(runtime, self.program)
+        self._frames = {key: FrameStack(part, rows) for key, part in agent.parts.items() if part.stack > 1}
+        self.outputs = np.zeros((rows, agent.head.outputs), np.float32)
+
+    def act(
+        self,
+        observations: Any,
+        starts: np.ndarray,
+        live: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """See :meth:`rlquant.control.session.Session.act`."""
+        parts = observations if isinstance(observations, dict) else {"": observations}
+        stacked = {key: self._stacked(key, x, starts) for key, x in parts.items()}
+        chosen = slice(None) if live is None else live
+        self.outputs[chosen] = self.runtime.outputs({key: x[chosen] for key, x in stacked.items()})
+        return self.program.head(self.outputs, masks)
+
+    def _stacked(self, key: str, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        return self._frames[key].push(x, starts) if key in self._frames else x

@@ -1,0 +1,107 @@
+"""What runs a program. All runtimes give the same bits for integer programs; they differ in speed and in needs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlquant.deploy import reference
+from rlquant.deploy.program import Program
+from rlquant.errors import InputError, unknown_name
+
+__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "make_runtime"]
+
+Array = NDArray[Any]
+Observation = Any  # an array, or a dict of arrays by key
+
+_CLASSES = {
+    "native": "rlquant.deploy.native:NativeRuntime",
+    "onnx": "rlquant.deploy.onnx_runtime:OnnxRuntime",
+    "reference": "rlquant.deploy.runtime:ReferenceRuntime",
+}
+RUNTIMES = tuple(_CLASSES)
+"""From the fastest to the slowest."""
+
+
+class Runtime(Protocol):
+    """Runs one program."""
+
+    name: str
+
+    def act(self, observation: Observation, masks: Array | None = None) -> Array:
+        """The action for one observation.
+
+        Args:
+            observation: ``[*shape]`` as the environment shows it (by key for a Dict), frames stacked.
+            masks: bool ``[outputs]``; False forbids a choice.
+
+        Raises:
+            InputError: a wrong shape, or NaN.
+        """
+
+    def act_batch(self, observations: Observation, masks: Array | None = None) -> Array:
+        """Actions for ``[n, *shape]``."""
+
+    def outputs(self, observations: Observation) -> NDArray[np.float32]:
+        """Head outputs float32 ``[n, outputs]``."""
+
+
+def make_runtime(name: str, program: Program) -> Runtime:
+    """The runtime called ``name``. Raises InputError where it is unknown or lacks what it needs."""
+    if name not in _CLASSES:
+        raise unknown_name("runtime", name, (*RUNTIMES, "torch"))
+    module, _, cls = _CLASSES[name].partition(":")
+    runtime: Runtime = getattr(import_module(module), cls)(program)
+    return runtime
+
+
+def checked(program: Program, observations: Observation, *, batch: bool = True) -> dict[str, Array]:
+    """Observations by key, of the right shape and without NaN.
+
+    Raises:
+        InputError: a missing key, a wrong shape, no number, or NaN.
+    """
+    parts = observations if isinstance(observations, dict) else {"": observations}
+    if set(parts) != set(program.inputs):
+        raise InputError(
+            f"the observation has the keys {sorted(parts)}; this policy takes {sorted(program.inputs)}"
+        )
+    arrays = {key: np.asarray(parts[key]) for key in program.inputs}
+    for key, shape in program.inputs.items():
+        given = arrays[key].shape[1:] if batch else arrays[key].shape
+        what = f"observation {key!r}" if key else "the observation"
+        if given != shape or (batch and arrays[key].ndim == 0):
+            expected = f"[n, {', '.join(map(str, shape))}]" if batch else str(list(shape))
+            raise InputError(f"{what} has the shape {list(arrays[key].shape)}; this policy takes {expected}")
+        if arrays[key].dtype.kind not in "biuf":
+            raise InputError(f"{what} has the dtype {arrays[key].dtype}; this policy takes numbers")
+        if arrays[key].dtype.kind == "f" and np.isnan(arrays[key]).any():
+            raise InputError(f"{what} holds NaN; no action was taken")
+    return arrays
+
+
+class ReferenceRuntime:
+    """The NumPy interpreter, see :mod:`~rlquant.deploy.reference`."""
+
+    name = "reference"
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def act(self, observation: Observation, masks: Array | None = None) -> Array:
+        """See :meth:`Runtime.act`."""
+        parts = checked(self.program, observation, batch=False)
+        outputs = reference.run(self.program, {key: x[None] for key, x in parts.items()})
+        action: Array = self.program.head(outputs, None if masks is None else masks[None])[0]
+        return action
+
+    def act_batch(self, observations: Observation, masks: Array | None = None) -> Array:
+        """See :meth:`Runtime.act_batch`."""
+        return self.program.head(self.outputs(observations), masks)
+
+    def outputs(self, observations: Observation) -> NDArray[np.float32]:
+        """See :meth:`Runtime.outputs`."""
+        return reference.run(self.program, checked(self.program, observations))
