@@ -8,7 +8,7 @@ layer. An error on the way therefore leaves nothing half done.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,10 +133,15 @@ class Bench:
         if self.calibration is not None and not isinstance(self.calibration, Tensor):
             self.calibration = list(self.calibration)
 
-    def observe(self, statistics: Mapping[str, list[InputStatistic]]) -> None:
-        """One pass of the float network; each statistic sees what enters its layer, scaled and masked."""
+    def observe(
+        self, statistics: Mapping[str, list[InputStatistic]], enough: Callable[[], bool] | None = None
+    ) -> None:
+        """One pass of the float network; each statistic sees what enters its layer, scaled and masked.
+
+        It ends early once there is ``enough``.
+        """
         assert self.calibration is not None
-        run_passes(self.module, self.calibration, self.originals, [self._float_pass(statistics)])
+        run_passes(self.module, self.calibration, self.originals, [self._float_pass(statistics)], enough)
 
     def observe_beside_float(self, moments: Mapping[str, LayerMoments]) -> None:
         """One pass of the partly quantized network, each batch beside the same batch in the float network."""

@@ -83,9 +83,16 @@ def run_calibration(
 
 
 def run_passes(
-    module: nn.Module, calibration: Calibration, layers: Mapping[str, nn.Module], passes: Sequence[Pass]
+    module: nn.Module,
+    calibration: Calibration,
+    layers: Mapping[str, nn.Module],
+    passes: Sequence[Pass],
+    enough: Callable[[], bool] | None = None,
 ) -> None:
-    """Run every batch once for each pass, one pass after the other; else as :func:`run_calibration`."""
+    """Run every batch once for each pass, one pass after the other; else as :func:`run_calibration`.
+
+    ``enough`` is asked after each batch whether the rest can be left out.
+    """
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
     count = 0
     with torch.no_grad(), _eval_mode(module):
@@ -94,6 +101,8 @@ def run_passes(
                 with _hooks(layers, each):
                     module(*batch) if isinstance(batch, tuple) else module(batch)
             count += 1
+            if enough is not None and enough():
+                break
     if count == 0:
         raise InputError("calibration holds no batch: give at least one input of the module")
 

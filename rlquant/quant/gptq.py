@@ -53,7 +53,8 @@ Chosen = tuple[Tensor, QParams | None]
 def gptq(matrix: Tensor, scheme: Scheme, moments: InputMoments | None, what: str) -> Chosen:
     """Codes ``[rows, columns]`` and qparams of a float32 weight whose inputs had these moments."""
     assert moments is not None
-    factor = Factor(moments.gram[0], _damping(moments, what), what)
+    gram = moments.gram[0]
+    factor = Factor(gram, _damping(moments.count, len(gram), what), what)
     drift = moments.drift
     pull = None if drift is None else matrix @ drift[0].to(torch.float32)  # W D
     target = matrix if pull is None else matrix + factor.solve(pull)
@@ -61,17 +62,16 @@ def gptq(matrix: Tensor, scheme: Scheme, moments: InputMoments | None, what: str
     nearest = nearest_qparams(matrix, scheme, what)
     chosen = (nearest_codes(values, qparams, scheme), qparams)
     fallback = (nearest_codes(matrix, nearest, scheme), nearest)
-    return _better_rows(matrix, chosen, fallback, moments.gram[0].to(torch.float32), pull, scheme)
+    return _better_rows(matrix, chosen, fallback, gram.to(torch.float32), pull, scheme)
 
 
-def _damping(moments: InputMoments, what: str) -> float:
+def _damping(rows: int, columns: int, what: str) -> float:
     """A share of the mean diagonal by how scarce the rows are; says so where they are fewer than columns."""
-    columns = moments.gram.shape[-1]
-    damping = min(1.0, max(LEAST_DAMPING, DAMPING * columns / moments.count))
-    if moments.count >= columns:
+    damping = min(1.0, max(LEAST_DAMPING, DAMPING * columns / rows))
+    if rows >= columns:
         return damping
     warnings.warn(
-        f"{what}: {moments.count} calibration rows do not determine the Hessian of {columns} columns; damping is "
+        f"{what}: {rows} calibration rows do not determine the Hessian of {columns} columns; damping is "
         f"raised from {DAMPING:g} to {damping:.2g}. Calibrate with more data",
         CalibrationWarning,
         stacklevel=2,

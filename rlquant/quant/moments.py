@@ -15,6 +15,7 @@ from rlquant.quant.observers import Reservoir
 __all__ = ["SAMPLE_ROWS", "InputMoments", "LayerMoments"]
 
 SAMPLE_ROWS = 512
+SYMMETRIC_STEP = 512
 
 
 class InputMoments:
@@ -34,8 +35,8 @@ class InputMoments:
     def __init__(self, *, gram: bool = False, centered: bool = False, sample: int = 0) -> None:
         self.count = 0
         self.centered = centered
-        self._gram: _Products | None = _Products() if gram else None
-        self._drift: _Products | None = _Products() if gram else None
+        self._gram: _Products | None = _Products(symmetric=True) if gram else None
+        self._drift: _Products | None = _Products(symmetric=False) if gram else None
         self._sample = Reservoir(sample) if sample else None
         self._sums: dict[str, Tensor] = {}
         self.abs_max = torch.zeros(())
@@ -136,24 +137,36 @@ class InputMoments:
 
 
 class _Products:
-    """A running sum of ``a b^T``: chunks multiply in float32 and add up in float64."""
+    """A running sum of ``a b^T``: chunks multiply in float32 and add up in float64.
 
-    def __init__(self, total: Tensor | None = None) -> None:
-        self.total = total
+    Where it is ``symmetric``, b is a, and only the blocks on and above the diagonal are computed.
+    """
+
+    def __init__(self, symmetric: bool, total: Tensor | None = None) -> None:
+        self.symmetric, self.total = symmetric, total
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in rows ``[blocks, n, columns]`` each."""
-        products = (a.transpose(1, 2) @ b).to(torch.float64)
-        self.total = products if self.total is None else self.total.add_(products)
+        columns = a.shape[2]
+        if self.total is None:
+            self.total = a.new_zeros((a.shape[0], columns, columns), dtype=torch.float64)
+        step = SYMMETRIC_STEP if self.symmetric else columns
+        for start in range(0, columns, step):
+            rows, rest = slice(start, start + step), slice(start if self.symmetric else 0, columns)
+            self.total[:, rows, rest] += a[:, :, rows].transpose(1, 2) @ b[:, :, rest]
 
     def mean(self, count: int) -> Tensor:
         """The sum over ``count`` rows, divided by it."""
         assert self.total is not None
-        return self.total / count
+        mean = self.total / count
+        for stop in range(SYMMETRIC_STEP, mean.shape[1], SYMMETRIC_STEP) if self.symmetric else ():
+            rows = slice(stop - SYMMETRIC_STEP, stop)
+            mean[:, stop:, rows] = mean[:, rows, stop:].transpose(1, 2)
+        return mean
 
     def block(self, part: slice) -> _Products:
         """Some blocks, as a view."""
-        return _Products(None if self.total is None else self.total[part])
+        return _Products(self.symmetric, None if self.total is None else self.total[part])
 
 
 class LayerMoments:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.quant.affine import QParams, finite_extremes
 from rlquant.quant.bench import Bench, Twin
-from rlquant.quant.calibrate import RangeStatistic
+from rlquant.quant.calibrate import InputStatistic, RangeStatistic
 from rlquant.quant.granularity import as_matrix
 from rlquant.quant.kinds import empty_layer, matrices
 from rlquant.quant.layers import QuantizedLayer
@@ -69,6 +69,10 @@ class CallOrder:
         """What is to observe the inputs of a layer."""
         return _FirstInput(self._first, name)
 
+    def is_complete(self) -> bool:
+        """Whether every layer was called."""
+        return len(self._first) == len(self.names)
+
     def stages(self) -> list[list[str]]:
         """Names in order of first call, neighbours that read the same tensor together; unused ones last."""
         stages: list[list[str]] = []
@@ -101,7 +105,10 @@ def _float_pass(bench: Bench, reads_inputs: bool) -> tuple[dict[str, RangeStatis
     }
     if ranges or reads_inputs:
         parts = (ranges, {name: order.statistic(name) for name in bench.twins})
-        bench.observe({name: [part[name] for part in parts if name in part] for name in bench.twins})
+        statistics: dict[str, list[InputStatistic]] = {
+            name: [part[name] for part in parts if name in part] for name in bench.twins
+        }
+        bench.observe(statistics, enough=None if ranges else order.is_complete)
     return ranges, order
 
 

@@ -70,3 +70,13 @@ def test_rows_of_a_linear_layer() -> None:
     (rows,) = input_rows(nn.Linear(5, 2), x)
     assert torch.equal(rows, x.reshape(1, 6, 5))
     assert torch.equal(F.linear(rows, torch.eye(5)), rows)
+
+
+def test_products_of_many_columns_are_symmetric_and_whole() -> None:
+    x = torch.randn(40, 1300, generator=torch.Generator().manual_seed(0)) + 1.0
+    moments = InputMoments(gram=True)
+    for part in x.split(13):
+        moments.add(part[None])
+    expected = x.double().numpy().T @ x.double().numpy() / 40
+    np.testing.assert_allclose(moments.gram[0].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(moments.gram[0].numpy(), moments.gram[0].numpy().T, rtol=1e-9)
