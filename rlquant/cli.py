@@ -203,6 +203,40 @@ def tune(
 
 
 @app.command()
+def bench(
+    source: Source,
+    precisions: Annotated[str, typer.Option("--precisions", help="Comma-separated schemes.")] = "fp32,w8a8",
+    runtimes: Annotated[
+        str, typer.Option("--runtimes", help="Comma-separated: torch, native, onnx, reference.")
+    ] = "torch,onnx,native",
+    method: Annotated[str, typer.Option("--method", help="Quantization method.")] = "rtn",
+    calls: Annotated[int, typer.Option("--calls", help="Timed actions of each.")] = 5000,
+    env: EnvOption = None,
+    seed: SeedOption = 0,
+    normaliser: NormaliserOption = None,
+    trust: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/bench-NAME].")] = None,
+) -> None:
+    """Time one action in each runtime at each precision, in turns: percentiles, first call, missed deadlines."""
+    from rlquant.benching import BenchOptions, run_bench
+
+    run_bench(
+        BenchOptions(
+            source=source,
+            env=env,
+            precisions=_names(precisions, "--precisions"),
+            runtimes=_names(runtimes, "--runtimes"),
+            method=method,
+            calls=calls,
+            seed=seed,
+            normaliser=normaliser,
+            trust=trust,
+            out=out,
+        )
+    )
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
     """List shipped agents, environments, recipes or schemes."""
     if kind not in KINDS:

@@ -1,7 +1,7 @@
 """The evidence: what a policy scores, what it keeps of the reference's reward, its size and its speed."""
 
 from rlquant.measure.agreement import ACTION_TOLERANCE, Agreement, QGap, action_agreement, q_gap
-from rlquant.measure.latency import Latency, measure_latency, single_thread
+from rlquant.measure.latency import Latency, measure_latency, measure_side_by_side, single_thread
 from rlquant.measure.measurement import Measurement, Score, Size, WeightHistogram, weight_histogram
 from rlquant.measure.memory import available_bytes, peak_rss_bytes
 from rlquant.measure.results import SCHEMA, plain, results_document, validate_results
@@ -28,6 +28,7 @@ __all__ = [
     "iqm",
     "mean_interval",
     "measure_latency",
+    "measure_side_by_side",
     "peak_rss_bytes",
     "plain",
     "q_gap",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlquant.errors import InputError
 
-__all__ = ["Latency", "measure_latency", "single_thread"]
+__all__ = ["Latency", "measure_latency", "measure_side_by_side", "single_thread"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Latency:
     max: float
     calls: int
     simulated: bool
+
+    @classmethod
+    def of(cls, nanoseconds: NDArray[np.int64], *, simulated: bool) -> Latency:
+        """Of timed calls, ``[calls]``."""
+        quantiles = np.quantile(nanoseconds / 1e3, [0.5, 0.9, 0.99, 0.999], method="inverted_cdf")
+        p50, p90, p99, p999 = quantiles.tolist()
+        return cls(p50, p90, p99, p999, float(nanoseconds.max() / 1e3), len(nanoseconds), simulated)
 
 
 def measure_latency(
@@ -69,9 +76,41 @@ def measure_latency(
         for i in range(warmup):
             act(inputs[i % len(inputs)])
         nanoseconds = _time_calls(act, inputs, calls)
-    p50, p90, p99, p999 = np.quantile(nanoseconds / 1e3, [0.5, 0.9, 0.99, 0.999], method="inverted_cdf")
-    slowest = float(nanoseconds.max() / 1e3)
-    return Latency(float(p50), float(p90), float(p99), float(p999), slowest, calls, simulated)
+    return Latency.of(nanoseconds, simulated=simulated)
+
+
+def measure_side_by_side(
+    acts: Mapping[str, Callable[[Any], object]],
+    observations: Sequence[Any],
+    *,
+    calls: int,
+    rounds: int = 10,
+    warmup: int = 100,
+) -> dict[str, NDArray[np.int64]]:
+    """Time several policies in turns, so that a machine that slows down slows them all.
+
+    Args:
+        acts: by name; each takes one observation and returns an action.
+        observations: cycled over.
+        calls: of each policy in all.
+        rounds: turns.
+        warmup: untimed calls at the start of each turn: another policy has had the caches.
+
+    Returns:
+        Nanoseconds of each call, int64 ``[calls]`` by name; the first one is the very first call of the policy, cold.
+    """
+    timed: dict[str, list[NDArray[np.int64]]] = {name: [] for name in acts}
+    inputs = list(observations)
+    with _no_garbage_collection():
+        for name, act in acts.items():
+            timed[name].append(_time_calls(act, inputs, 1))
+        for turn in range(rounds):
+            for name, act in acts.items():
+                for i in range(warmup):
+                    act(inputs[i % len(inputs)])
+                share = (calls - 1) // rounds + (turn < (calls - 1) % rounds)
+                timed[name].append(_time_calls(act, inputs, share))
+    return {name: np.concatenate(parts) for name, parts in timed.items()}
 
 
 def _time_calls(act: Callable[[Any], object], inputs: list[Any], calls: int) -> NDArray[np.int64]:
