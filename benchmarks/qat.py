@@ -1,7 +1,7 @@
 """Training quantized from scratch beside training in float: the same steps, seeds and hyper-parameters.
 
 Hyper-parameters are those of rl-baselines3-zoo (hyperparams/ppo.yml, sac.yml). What each training ends with,
-not its best checkpoint, plays the same 100 episodes. ``rounded`` is the float policy rounded to nearest after
+not its best checkpoint, plays the same episodes. ``rounded`` is the float policy rounded to nearest after
 training, on calibration episodes of its own.
 
     python benchmarks/qat.py [--scheme w4a8] [--seeds 0 1 2] [--episodes 100] [--out benchmarks/qat.md]
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +33,9 @@ from rlquant.runs import write_atomic
 
 CACHE = Path("runs/qat.json")
 NOTE = (
-    "Mean returns of what a training ends with, on the same 100 episodes; for all seeds mean ± standard deviation of "
+    "Mean returns of what a training ends with, on the same episodes; for all seeds mean ± standard deviation of "
     "the seeds' means. Kept: share of the fp32 reward above random play, with the verdict at margin 0.02, episodes "
-    "paired by seed. Time: training time over that of fp32."
+    "paired by seed."
 )
 SCORE_SEED, CALIBRATION_SEED = 10_000, 500_000
 
@@ -96,21 +95,17 @@ def returns(agent: Agent, episodes: int) -> list[float]:
 
 
 def trial_float(case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
-    """Returns of the float policy and of its rounded copy on the same episodes; seconds of training."""
-    started = time.perf_counter()
+    """Returns of the float policy and of its rounded copy on the same episodes."""
     model = train(case, seed, None)
-    seconds = time.perf_counter() - started
     agent = from_sb3(model)
     rounded = quantize_agent(agent, scheme, inputs=collect(agent, 8, seed=CALIBRATION_SEED))
-    return {"fp32": returns(agent, episodes), "rounded": returns(rounded, episodes), "fp32_s": seconds}
+    return {"fp32": returns(agent, episodes), "rounded": returns(rounded, episodes)}
 
 
 def trial_quantized(case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
-    """Returns of the policy that was trained quantized; seconds of training."""
-    started = time.perf_counter()
+    """Returns of the policy that was trained quantized."""
     model = train(case, seed, QuantizationCallback(scheme, delay=case.delay))
-    seconds = time.perf_counter() - started
-    return {"qat": returns(quantized_agent(model), episodes), "qat_s": seconds}
+    return {"qat": returns(quantized_agent(model), episodes)}
 
 
 def kept(trial: Trial, case: Case, scheme: str, seed: int, episodes: int) -> dict[str, Any]:
@@ -132,17 +127,15 @@ def rows(case: Case, trials: dict[int, dict[str, Any]]) -> list[str]:
     lines = []
     for seed, result in trials.items():
         means = [f"{np.mean(result[kind]):,.1f}" for kind in ("fp32", "rounded", "qat")]
-        slower = result["qat_s"] / result["fp32_s"]
-        lines.append(f"| {case.name} | {seed} | {' | '.join(means)} | | {slower:.1f} |")
+        lines.append(f"| {case.name} | {seed} | {' | '.join(means)} | |")
     pooled = {kind: np.concatenate([r[kind] for r in trials.values()]) for kind in ("fp32", "rounded", "qat")}
     cells = []
     for kind, scores in pooled.items():
         spread = np.std([np.mean(r[kind]) for r in trials.values()], ddof=1) if len(trials) > 1 else 0.0
         cells.append(f"{scores.mean():,.1f} ± {spread:,.1f}")
     retention = compare(pooled["fp32"], pooled["qat"], random_score=random_score)
-    slower = np.median([r["qat_s"] / r["fp32_s"] for r in trials.values()])
     share = f"{100 * retention.value:.1f}% ({retention.verdict})"
-    return [*lines, f"| **{case.name}** | all | {' | '.join(cells)} | {share} | {slower:.1f} |"]
+    return [*lines, f"| **{case.name}** | all | {' | '.join(cells)} | {share} |"]
 
 
 def main() -> None:
@@ -157,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     head = ["training", "seed", "fp32", f"{arguments.scheme} rounded", f"{arguments.scheme} trained so"]
-    head += ["kept of fp32", "time"]
+    head.append("kept of fp32")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in CASES:
         trials: dict[int, dict[str, Any]] = {}
