@@ -396,6 +396,7 @@ def main() -> None:
     results["notes"] = notes(results)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     command = f"python benchmarks/methods.py --threads {options.threads} --repeats {options.repeats}"
+    command = f"OPENBLAS_NUM_THREADS={options.threads} {command}"
     text = markdown(results, command)
     options.out.with_suffix(".md").write_text(text)
     print(text)
