@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rlquant.deploy.c_helpers import hexadecimal
+
 __all__ = ["Block", "Constants", "Literals", "interleave", "steps_per_unit"]
 
 Array = NDArray[Any]
@@ -43,7 +45,7 @@ class Literals:
 
     def number(self, name: str, value: float) -> str:
         """The literal."""
-        return _float(float(np.float32(value)))
+        return _float(value) if np.isinf(value) else hexadecimal(value)
 
 
 class Block:

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from rlquant.deploy.head import TANH_DENOMINATOR, TANH_LIMIT, TANH_NUMERATOR
 
-__all__ = ["helpers_for"]
+__all__ = ["C_NAMES", "ROUNDED", "helpers_for", "hexadecimal"]
 
-_HORNER = "\n".join(
-    [f"    float above = {TANH_NUMERATOR[0]!s}f, below = {TANH_DENOMINATOR[0]!s}f, square;"]
-    + [
-        f"    x = x < -{TANH_LIMIT!s}f ? -{TANH_LIMIT!s}f : x;",
-        f"    x = x > {TANH_LIMIT!s}f ? {TANH_LIMIT!s}f : x;",
+ROUNDED = """/* floats that are rounded after each operation, also where the hardware has more precision (x87) */
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+typedef volatile float rounded;
+#else
+typedef float rounded;
+#endif"""
+
+
+
+def hexadecimal(value: float) -> str:
+    """A C99 literal of a float32 that has the same value in any evaluation format."""
+    return f"{float(np.float32(value)).hex()}f"
+
+
+def _horner(name: str, coefficients: tuple[np.float32, ...]) -> list[str]:
+    first, *rest = map(hexadecimal, coefficients)
+    return [f"rounded {name} = {first};"] + [f"{name} = {name} * square;\n    {name} = {name} + {c};" for c in rest]
+
+
+_LIMIT = hexadecimal(TANH_LIMIT)
+_TANH = "\n    ".join(
+    [
+        f"const float limited = clampf(x, -{_LIMIT}, {_LIMIT});",
+        "rounded square = limited * limited;",
+        *_horner("above", TANH_NUMERATOR),
+        *_horner("below", TANH_DENOMINATOR),
+        "above = above * limited;",
+        "above = above / below;",
+        "return above;",
     ]
-    + ["    square = x * x;"]
-    + [f"    above = above * square;\n    above = above + {c!s}f;" for c in TANH_NUMERATOR[1:]]
-    + [f"    below = below * square;\n    below = below + {c!s}f;" for c in TANH_DENOMINATOR[1:]]
-    + ["    above = above * x;"]
 ).replace("+ -", "- ")
 
-# One rounding per statement: with excess precision (x87) an assignment rounds, an expression need not.
+# One operation per statement, to a `rounded` number: with excess precision (x87) nothing else rounds.
 _HELPERS = {
     "round_even": """
 /* to the nearest integer, half to even, for |x| < 2^22 */
 static int32_t round_even(float x)
 {
-    float shifted = x + 12582912.0f;
+    rounded shifted = x + 12582912.0f;
     shifted = shifted - 12582912.0f;
     return (int32_t)shifted;
 }""",
@@ -40,8 +62,7 @@ static float clampf(float x, float low, float high)
 /* tanh, the same to the bit on every machine: separate multiplications and additions, one division */
 static float tanh32(float x)
 {{
-{_HORNER}
-    return above / below;
+    {_TANH}
 }}""",
     "relu": "\nstatic float relu(float x) { return x > 0.0f ? x : 0.0f; }",
     "sigmoid": "\nstatic float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }",

@@ -9,7 +9,7 @@ from rlquant.deploy.c_memory import c_type
 from rlquant.deploy.c_source import grid_lines, indented
 from rlquant.deploy.program import Buffer, Conv2d, Linear, Program
 
-__all__ = ["PlainProducts", "patch_lines", "patch_members"]
+__all__ = ["PlainProducts", "patch_lines", "patch_members", "patch_sizes"]
 
 
 class PlainProducts:
@@ -57,11 +57,11 @@ class PlainProducts:
         total = "total = part;" if groups == 1 else "total = group == 0 ? part : total + part;"
         if source.is_float:
             add = [f"sum = sum + {x}[k] * {weight};"]
-            start = "float sum = 0.0f, part;"
+            start = "rounded sum = 0.0f, part;"
         else:
             add = [f"sum += (int32_t){x}[k] * {weight};"]
             correct = self._constants.array(f"correction{name}", op.corrections) if op.source_zero else ""
-            start = f"int32_t sum = {f'{correct}[{entry}]' if correct else '0'};\nfloat part;"
+            start = f"int32_t sum = {f'{correct}[{entry}]' if correct else '0'};\nrounded part;"
         one = [
             *start.split("\n"),
             f"const int end = {columns if groups == 1 else ends};",
@@ -88,7 +88,7 @@ class PlainProducts:
         return [
             "int row;",
             "for (row = first; row < last; ++row) {",
-            *indented(["float total = 0.0f;", "{", *indented(body), "}", f"total = total + {bias}[row];"]),
+            *indented(["rounded total = 0.0f;", "{", *indented(body), "}", f"total = total + {bias}[row];"]),
             f"    y[row * positions + at] = {value};",
             "}",
         ]
@@ -106,15 +106,19 @@ class PlainProducts:
         return f"(float){code}" if self._program.buffers[op.source].is_float else code
 
 
-def patch_members(program: Program, count: int, margin: int = 0) -> list[str]:
-    """Members of the memory that hold ``count`` patches, one for each type of source."""
+def patch_sizes(program: Program) -> dict[str, int]:
+    """The longest patch of each C type of source."""
     sizes: dict[str, int] = {}
     for op in program.ops:
-        if not isinstance(op, Conv2d):
-            continue
-        kind = c_type(program.buffers[op.source])
-        sizes[kind] = max(sizes.get(kind, 0), count * op.weight.columns + margin)
-    return [f"{kind} patch_{kind}[{size}]" for kind, size in sizes.items()]
+        if isinstance(op, Conv2d):
+            kind = c_type(program.buffers[op.source])
+            sizes[kind] = max(sizes.get(kind, 0), op.weight.columns)
+    return sizes
+
+
+def patch_members(program: Program, count: int, margin: int = 0) -> list[str]:
+    """Members of the memory that hold ``count`` patches, one for each type of source."""
+    return [f"{kind} patch_{kind}[{count * size + margin}]" for kind, size in patch_sizes(program).items()]
 
 
 def patch_lines(op: Conv2d, block: str, position: str) -> list[str]:

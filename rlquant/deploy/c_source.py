@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from rlquant.deploy.c_constants import Constants
-from rlquant.deploy.c_helpers import C_NAMES, helpers_for
+from rlquant.deploy.c_helpers import C_NAMES, ROUNDED, helpers_for
 from rlquant.deploy.c_memory import Layout, c_type
 from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import Activate, Affine, Linear, Op, Program, Table
@@ -60,7 +60,7 @@ def generate(program: Program, constants: Constants, products: Products, layout:
     compute = "\n".join(indented(lines))
     memory = layout.declaration(products.members)
     output = layout.pointer(program.output)
-    return CSource(memory, helpers_for(compute + decide), compute, output, decide, action_type(program.head))
+    return CSource(memory, f"{ROUNDED}\n{helpers_for(compute + decide)}", compute, output, decide, action_type(program.head))
 
 
 def indented(lines: list[str]) -> list[str]:
@@ -127,7 +127,7 @@ def _affine(op: Affine, size: int, to_float: bool, name: str, constants: Constan
         return f"{constants.array(f'{part}{name}', values)}[i]"
 
     at = "i" if op.order is None else f"{constants.array(f'order{name}', op.order)}[i]"
-    lines = [f"float v = (float)x[{at}];", f"v = v * {entry('gain')};", f"v = v + {entry('offset')};"]
+    lines = [f"rounded v = (float)x[{at}];", f"v = v * {entry('gain')};", f"v = v + {entry('offset')};"]
     if not to_float or np.isfinite(op.low).any() or np.isfinite(op.high).any():
         lines.append(f"v = clampf(v, {entry('low')}, {entry('high')});")
     lines.append("y[i] = v;" if to_float else "y[i] = round_even(v);")
@@ -147,7 +147,7 @@ def _decide(head: ProgramHead, constants: Constants) -> list[str]:
         return _loop(head.outputs, [f"action[i] = clampf(y[i], {low}, {high});"])
     span = f"{constants.array('action_span', head.high - head.low)}[i]"
     squashed = "tanh32(y[i])" if head.kind == "tanh" else "y[i]"
-    steps = [f"float v = {squashed};", "v = v + 1.0f;", "v = 0.5f * v;", f"v = v * {span};"]
+    steps = [f"rounded v = {squashed};", "v = v + 1.0f;", "v = 0.5f * v;", f"v = v * {span};"]
     return _loop(head.outputs, [*steps, f"v = {low} + v;", "action[i] = v;"])
 
 

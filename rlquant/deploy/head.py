@@ -69,6 +69,18 @@ class ProgramHead:
     high: NDArray[np.float32] | None = None
     shape: tuple[int, ...] = ()
 
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Of one action: ``()`` for argmax, ``[branches]`` for several, else :attr:`shape`."""
+        if self.kind == "argmax":
+            return ()
+        return (len(self.branches),) if self.kind == "multi_argmax" else self.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers an action has."""
+        return int(np.prod(self.action_shape, dtype=np.int64))
+
     def __call__(self, outputs: NDArray[np.float32], masks: NDArray[np.bool_] | None = None) -> NDArray[Any]:
         """int64 ``[n]`` or ``[n, branches]``, int8 ``[n, *shape]`` (threshold) or float32 ``[n, *shape]``."""
         if masks is not None:

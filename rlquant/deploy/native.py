@@ -65,8 +65,7 @@ class NativeRuntime:
         self._run = library.policy_run
         self._run.restype = ctypes.c_int64
         self._run.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64]
-        self._size = sum(int(np.prod(shape, dtype=np.int64)) for shape in program.inputs.values())
-        self._action = (np.dtype(_ACTION_DTYPES[kind]), _action_shape(program))
+        self._action = (np.dtype(_ACTION_DTYPES[kind]), program.head.action_shape)
         self._fast = self._slow
         caller = _caller_module(cache) if list(program.inputs) == [""] else None
         if caller is not None:
@@ -157,19 +156,12 @@ def native_source(program: Program) -> tuple[str, Array, str]:
         "ACTION": parts.action,
         "OBSERVATION_SIZE": str(size),
         "OUTPUT_SIZE": str(program.head.outputs),
-        "ACTION_SIZE": str(int(np.prod(_action_shape(program), dtype=np.int64))),
+        "ACTION_SIZE": str(program.head.size),
     }
     text = kernel_text("native.c")
     for name, value in fields.items():
         text = text.replace(f"@{name}@", value)
     return kernel_text("vector.h") + text, block.memory(), parts.action
-
-
-def _action_shape(program: Program) -> tuple[int, ...]:
-    head = program.head
-    if head.kind == "argmax":
-        return ()
-    return (len(head.branches),) if head.kind == "multi_argmax" else head.shape
 
 
 def _aligned(size: int) -> Array:

@@ -1,0 +1,137 @@
+"""A program as C99 files for any chip: the policy, its header, a test vector and a program that checks it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlquant.deploy import reference
+from rlquant.deploy.c_build import kernel_text
+from rlquant.deploy.c_constants import Literals
+from rlquant.deploy.c_memory import layout
+from rlquant.deploy.c_plain import PlainProducts, patch_sizes
+from rlquant.deploy.c_source import CSource, generate
+from rlquant.deploy.head import ProgramHead
+from rlquant.deploy.program import Program
+
+__all__ = ["TESTS", "c_files", "export_c", "test_observations"]
+
+Array = NDArray[Any]
+TESTS = 96
+"""Observations of the test vector: the first half tame, the rest with extremes and infinities among them."""
+_TAME = 160  # of the numbers that observations are drawn from
+_FLOAT_TOLERANCE = 1e-4  # programs of floats agree up to the order of summation
+
+
+def export_c(program: Program, folder: Path) -> list[Path]:
+    """Writes ``policy.c``, ``policy.h``, ``policy_test.h`` and ``main.c`` and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in c_files(program).items():
+        paths.append(folder / name)
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def c_files(program: Program) -> dict[str, str]:
+    """The text of each file, by name."""
+    literals, memory = Literals(), layout(program, margin=False)
+    source = generate(program, literals, PlainProducts(program, literals), memory)
+    widths = {"float": 4, "uint8_t": 1, "uint16_t": 2}
+    ram = memory.nbytes + sum(widths[kind] * size for kind, size in patch_sizes(program).items())
+    constants = "\n".join(literals.definitions)
+    fields = _fields(program, source) | {
+        "CONSTANTS": constants,
+        "FLASH": str(literals.nbytes),
+        "RAM": str(ram),
+        "HASH": hashlib.sha256((constants + source.compute).encode()).hexdigest()[:16],
+    }
+    files = {name: _filled(kernel_text(name), fields) for name in ("policy.c", "policy.h", "main.c")}
+    return files | {"policy_test.h": _test_vector(program)}
+
+
+def test_observations(program: Program) -> tuple[Array, dict[str, Array]]:
+    """The numbers that the test observations are made of, and the observations: float32 ``[TESTS, *shape]`` by key.
+
+    ``main.c`` draws the same ones. For programs of floats all of them are tame.
+    """
+    generator = np.random.default_rng(0)
+    tame = generator.normal(size=_TAME).astype(np.float32) * np.repeat([1, 3, 100, 0.1], _TAME // 4)
+    wild = generator.normal(size=56) * 10.0 ** generator.uniform(-6, 6, 56)
+    largest = np.finfo(np.float32).max
+    extremes = [np.inf, -np.inf, largest, -largest, 0.0, -0.0, 255.0, 1e-40]
+    numbers = np.concatenate([tame, *([wild, extremes] if program.is_integer else [])]).astype(np.float32)
+    size = sum(program.buffers[i].size for i in range(len(program.inputs)))
+    x = np.arange(TESTS * size, dtype=np.uint32) * np.uint32(2654435761)
+    x = (x ^ (x >> 15)) * np.uint32(2246822519)
+    limits = np.repeat([_TAME, len(numbers)], TESTS * size // 2)
+    flat = numbers[(x ^ (x >> 13)) % limits].reshape(TESTS, size)
+    ends = np.cumsum([program.buffers[i].size for i in range(len(program.inputs))])[:-1]
+    parts = np.split(flat, ends, axis=1)
+    shapes = program.inputs.items()
+    return numbers, {key: part.reshape(TESTS, *s) for (key, s), part in zip(shapes, parts, strict=True)}
+
+
+def _test_vector(program: Program) -> str:
+    numbers, observations = test_observations(program)
+    outputs = reference.run(program, observations)
+    actions = program.head(outputs).reshape(TESTS, -1)
+    literals = Literals()
+    literals.array("test_numbers", numbers)
+    literals.array("test_outputs", outputs)
+    kept = actions.astype(np.int32) if actions.dtype == np.int64 else actions
+    literals.array("test_actions", kept)
+    tolerance = "0.0f" if program.is_integer else f"{_FLOAT_TOLERANCE}f"
+    return "\n".join(
+        [
+            "/* What policy.c has to give, computed by rlquant's reference in NumPy. */",
+            f"#define POLICY_TESTS {TESTS}",
+            f"#define POLICY_TAME {_TAME}",
+            f"#define POLICY_NUMBERS {len(numbers)}",
+            f"#define POLICY_TOLERANCE {tolerance}",
+            *literals.definitions,
+            "",
+        ]
+    )
+
+
+def _fields(program: Program, source: CSource) -> dict[str, str]:
+    size = sum(program.buffers[i].size for i in range(len(program.inputs)))
+    return {
+        "TITLE": f"A policy ({program.name})" if program.name else "A policy",
+        "MEMORY": source.memory,
+        "HELPERS": source.helpers,
+        "COMPUTE": source.compute,
+        "DECIDE": source.decide,
+        "OUTPUT": source.output,
+        "ACTION": source.action,
+        "OBSERVATION": _describe(program.inputs),
+        "ACTION_TEXT": _describe_action(program.head),
+        "OBSERVATION_SIZE": str(size),
+        "OUTPUT_SIZE": str(program.head.outputs),
+        "ACTION_SIZE": str(program.head.size),
+    }
+
+
+def _describe(inputs: Mapping[str, tuple[int, ...]]) -> str:
+    """Shapes, in the order in which the numbers lie."""
+    return ", then ".join(f"{key} {list(shape)}".strip() for key, shape in inputs.items()) + ", float"
+
+
+def _describe_action(head: ProgramHead) -> str:
+    if head.kind == "argmax":
+        return f"one of {head.outputs} choices"
+    if head.kind == "multi_argmax":
+        return f"one of {list(head.branches)} choices each"
+    return f"{list(head.shape)}, {'0 or 1' if head.kind == 'threshold' else 'float'}"
+
+
+def _filled(text: str, fields: Mapping[str, str]) -> str:
+    for name, value in fields.items():
+        text = text.replace(f"@{name}@", value)
+    return text

@@ -1,0 +1,65 @@
+/* @TITLE@. See policy.h. */
+#include "policy.h"
+
+#include <math.h>
+
+#ifdef __FAST_MATH__
+#error "this file counts on IEEE arithmetic: compile it without -ffast-math"
+#endif
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__) && defined(__FMA__) + defined(__ARM_FEATURE_FMA) + defined(__aarch64__) > 0
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+@MEMORY@
+
+static policy_memory working;
+
+@CONSTANTS@
+@HELPERS@
+
+static void compute(policy_memory *memory, const float *restrict observation)
+{
+@COMPUTE@
+}
+
+static void decide(const float *y, policy_action *action)
+{
+@DECIDE@
+}
+
+static int missing(const float *observation)
+{
+    int i;
+    for (i = 0; i < POLICY_OBSERVATION_SIZE; ++i)
+        if (observation[i] != observation[i]) return 1;
+    return 0;
+}
+
+int policy_outputs(const float *observation, float *outputs)
+{
+    policy_memory *memory = &working;
+    int i;
+    if (missing(observation)) return 1;
+    compute(memory, observation);
+    for (i = 0; i < POLICY_OUTPUT_SIZE; ++i) outputs[i] = @OUTPUT@[i];
+    return 0;
+}
+
+int policy_act_masked(const float *observation, const uint8_t *mask, policy_action *action)
+{
+    policy_memory *memory = &working;
+    int i;
+    if (missing(observation)) return 1;
+    compute(memory, observation);
+    for (i = 0; i < POLICY_OUTPUT_SIZE; ++i)
+        if (mask != 0 && mask[i] == 0) @OUTPUT@[i] = -INFINITY;
+    decide(@OUTPUT@, action);
+    return 0;
+}
+
+int policy_act(const float *observation, policy_action *action)
+{
+    return policy_act_masked(observation, 0, action);
+}
