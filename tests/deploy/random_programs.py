@@ -76,9 +76,11 @@ class _Author:
             source = self.layer(source)
         head = self.head()
         source = self.product(source, conv=False, bits=32, rows=head.outputs)
-        if self.chance():
-            target = self.buffer(head.outputs)
-            self.ops.append(Activate(source, target, self.draw(st.sampled_from(["Tanh", "ReLU"]))))
+        end = self.draw(st.sampled_from([None, "Affine", "Tanh", "ReLU"]))
+        if end == "Affine":
+            self.affine(source, head.outputs, 32)
+        elif end is not None:
+            self.ops.append(Activate(source, self.buffer(head.outputs), end))
         return Program(tuple(self.buffers), inputs, tuple(self.ops), head, "random")
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -111,11 +113,12 @@ class _Author:
         return self.affine(source, size, bits, order)
 
     def affine(self, source: int, size: int, bits: int, order: np.ndarray | None = None) -> int:
-        each, top = size if self.chance() else 1, 2**bits - 1
+        each, top = size if self.chance() else 1, 2.0**bits - 1 if bits < 32 else 4.0
         reach = 1.0 if self.buffers[source].is_float else 2.0 ** self.buffers[source].bits
         gain = (top / reach * self.rng.uniform(0.05, 1.0, each)).astype(np.float32)
         offset = self.rng.uniform(0, top, each).astype(np.float32)
-        low, high = np.sort(self.rng.uniform(0, top, (2, each)).round().astype(np.float32), axis=0)
+        low, high = np.sort(self.rng.uniform(0, top, (2, each)).astype(np.float32), axis=0)
+        low, high = (low - top, high + top) if bits == 32 else (low.round(), high.round())
         target = self.buffer(size, bits)
         self.ops.append(Affine(source, target, gain, offset, low, high, 0, order))
         return target

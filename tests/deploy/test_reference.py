@@ -162,6 +162,23 @@ def test_rounds_half_to_even_and_adds_the_zero_point_after() -> None:
     assert given.tolist() == [half + 1 for half in halves]
 
 
+def test_each_float_operation_is_rounded() -> None:
+    """A fused multiply-add, or an accumulation in double precision, would give other bits here."""
+    rng = np.random.default_rng(0)
+    size, infinite = 5_000, np.full(1, np.inf, f32)
+    gain, offset, x = (rng.normal(size=size).astype(f32) for _ in range(3))
+    program = Program(
+        (Buffer(size), Buffer(size)),
+        {"": (size,)},
+        (Affine(0, 1, gain, offset, -infinite, infinite),),
+        ProgramHead("argmax", size),
+    )
+    given = reference.run(program, {"": x[None]})[0]
+    np.testing.assert_array_equal(given, np.array(literal(program, {"": x}), f32))
+    fused = (x.astype(np.float64) * gain + offset).astype(f32)
+    assert (given != fused).mean() > 0.05
+
+
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_convolution_is_torchs(data: st.DataObject) -> None:
