@@ -45,13 +45,10 @@ def integer_product(graph: Graph, op: Linear, x: str, bits: int) -> str:
     """
     if isinstance(op, Conv2d):
         x = graph.reshape(x, *op.image)
-    sources = _bytes_of_source(graph, x, bits, op.source_zero)
-    groups = op.gain.shape[1]
-    sliced = isinstance(op, Conv2d) or groups == 1
-    parts = [[source] * groups for source in sources] if sliced else [_split(graph, op, s) for s in sources]
+    sources = [_grouped(graph, op, source) for source in _bytes_of_source(graph, x, bits, op.source_zero)]
     total = ""
-    for index in range(groups):
-        accumulator = _accumulator(graph, op, [part[index] for part in parts], index)
+    for index in range(op.gain.shape[1]):
+        accumulator = _accumulator(graph, op, [groups[index] for groups in sources], index)
         part = graph.node("Mul", graph.cast(accumulator, np.float32), _per_row(graph, op, op.gain[:, index]))
         total = graph.node("Add", total, part) if total else part
     return graph.node("Add", total, _per_row(graph, op, op.bias))
@@ -63,7 +60,7 @@ def float_product(graph: Graph, op: Linear, x: str) -> str:
     bias = graph.constant(op.bias, np.float32)
     if not isinstance(op, Conv2d):
         return graph.node("Gemm", x, weight, bias, transB=1)
-    shape = graph.constant(_kernel_shape(op), np.int64)
+    shape = graph.constant((op.weight.rows, -1, *op.kernel), np.int64)
     image = graph.reshape(x, *op.image)
     return graph.node("Conv", image, graph.node("Reshape", weight, shape), bias, **_geometry(op))
 
@@ -87,25 +84,50 @@ def _bytes_of_weight(codes: Array, bits: int) -> list[_Bytes]:
     return [_Bytes(256, (high + 128).astype(np.uint8), 128), _Bytes(1, low.astype(np.uint8), 0)]
 
 
-def _split(graph: Graph, op: Linear, source: _Bytes) -> list[_Bytes]:
-    """The columns of each group."""
-    edges = [*range(0, op.weight.columns, op.group), op.weight.columns]
-    names = [f"{source.value}/{op.target}.{op.start}/{edge}" for edge in edges[:-1]]
-    sizes = graph.constant(np.diff(edges), np.int64)
-    split = graph.nodes("Split", [source.value, sizes], names, axis=1)
-    return [_Bytes(source.factor, name, source.zero) for name in split]
+def _grouped(graph: Graph, op: Linear, source: _Bytes) -> list[_Bytes]:
+    """What each group of columns reads."""
+    groups = op.gain.shape[1]
+    if groups == 1:
+        return [source]
+    if isinstance(op, Conv2d):
+        names = [_sliced(graph, source.value, _channels(op, group)) for group in range(groups)]
+    else:
+        edges = [*range(0, op.weight.columns, op.group), op.weight.columns]
+        names = [f"{source.value}/{op.target}.{op.start}/{edge}" for edge in edges[:-1]]
+        graph.nodes("Split", [source.value, graph.constant(np.diff(edges), np.int64)], names, axis=1)
+    return [_Bytes(source.factor, name, source.zero) for name in names]
+
+
+def _channels(op: Conv2d, group: int) -> slice:
+    """The channels of a group of columns; all where blocks of rows see channels of their own."""
+    if op.blocks > 1:
+        return slice(0, op.image[0])
+    taps = op.kernel[0] * op.kernel[1]
+    end = min((group + 1) * op.group, op.weight.columns)
+    return slice(group * op.group // taps, -(-end // taps))
+
+
+def _sliced(graph: Graph, x: str, channels: slice) -> str:
+    bounds = [graph.constant([bound], np.int64) for bound in (channels.start, channels.stop, 1)]
+    return graph.node("Slice", x, *bounds)
+
+
+def _codes(op: Linear, group: int) -> Array:
+    """int32 ``[rows, columns]`` of a group; of a convolution its channels, with zeros beside the group."""
+    columns = slice(group * op.group, (group + 1) * op.group)
+    if not isinstance(op, Conv2d):
+        return op.weight.values[:, columns]
+    channels, taps = _channels(op, group), op.kernel[0] * op.kernel[1]
+    kept = np.zeros_like(op.weight.values)
+    kept[:, columns] = op.weight.values[:, columns]
+    return kept if op.blocks > 1 else kept[:, channels.start * taps : channels.stop * taps]
 
 
 def _accumulator(graph: Graph, op: Linear, sources: list[_Bytes], group: int) -> str:
     """int32, of the columns of one group."""
-    columns = slice(group * op.group, (group + 1) * op.group)
-    codes = op.weight.values[:, columns]
-    if isinstance(op, Conv2d):  # the kernel with zeros outside of the group
-        codes = np.zeros_like(op.weight.values)
-        codes[:, columns] = op.weight.values[:, columns]
     total = ""
     for source in sources:
-        for weight in _bytes_of_weight(codes, op.weight.bits):
+        for weight in _bytes_of_weight(_codes(op, group), op.weight.bits):
             part = _product_of_bytes(graph, op, source, weight)
             factor = source.factor * weight.factor
             if factor != 1:
@@ -117,7 +139,7 @@ def _accumulator(graph: Graph, op: Linear, sources: list[_Bytes], group: int) ->
 def _product_of_bytes(graph: Graph, op: Linear, source: _Bytes, weight: _Bytes) -> str:
     zeros = [graph.constant(zero, np.uint8) for zero in (source.zero, weight.zero)]
     if isinstance(op, Conv2d):
-        kernel = graph.constant(weight.value.reshape(_kernel_shape(op)), np.uint8)
+        kernel = graph.constant(weight.value.reshape(op.weight.rows, -1, *op.kernel), np.uint8)
         return graph.node("ConvInteger", source.value, kernel, *zeros, **_geometry(op))
     return graph.node("MatMulInteger", source.value, graph.constant(weight.value.T, np.uint8), *zeros)
 
@@ -137,10 +159,6 @@ def _float_weight(graph: Graph, op: Linear) -> str:
 def _per_row(graph: Graph, op: Linear, values: Array) -> str:
     shaped = values.reshape(-1, 1, 1) if isinstance(op, Conv2d) else values
     return graph.constant(shaped, np.float32)
-
-
-def _kernel_shape(op: Conv2d) -> tuple[int, ...]:
-    return (op.weight.rows, op.image[0] // op.blocks, *op.kernel)
 
 
 def _geometry(op: Conv2d) -> dict[str, Any]:
