@@ -54,7 +54,14 @@ def shared_library(source: str, folder: Path | None = None, flags: tuple[str, ..
     compiler = find_compiler()
     folder = folder or cache_folder()
     stat = os.stat(compiler)
-    parts = (source, *flags, os.path.realpath(compiler), str(stat.st_size), str(stat.st_mtime_ns), _processor())
+    parts = (
+        source,
+        *flags,
+        os.path.realpath(compiler),
+        str(stat.st_size),
+        str(stat.st_mtime_ns),
+        _processor(),
+    )
     path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:32]}.so"
     if not path.exists():
         _build(compiler, source, flags, path)

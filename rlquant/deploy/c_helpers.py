@@ -8,25 +8,19 @@ import numpy as np
 
 from rlquant.deploy.head import TANH_DENOMINATOR, TANH_LIMIT, TANH_NUMERATOR
 
-__all__ = ["C_NAMES", "ROUNDED", "helpers_for", "hexadecimal"]
-
-ROUNDED = """/* floats that are rounded after each operation, also where the hardware has more precision (x87) */
-#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
-typedef volatile float rounded;
-#else
-typedef float rounded;
-#endif"""
+__all__ = ["C_NAMES", "helpers_for", "hexadecimal"]
 
 
-
-def hexadecimal(value: float) -> str:
+def hexadecimal(value: float | np.float32) -> str:
     """A C99 literal of a float32 that has the same value in any evaluation format."""
     return f"{float(np.float32(value)).hex()}f"
 
 
 def _horner(name: str, coefficients: tuple[np.float32, ...]) -> list[str]:
     first, *rest = map(hexadecimal, coefficients)
-    return [f"rounded {name} = {first};"] + [f"{name} = {name} * square;\n    {name} = {name} + {c};" for c in rest]
+    return [f"rounded {name} = {first};"] + [
+        f"{name} = {name} * square;\n    {name} = {name} + {c};" for c in rest
+    ]
 
 
 _LIMIT = hexadecimal(TANH_LIMIT)

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from rlquant.deploy.c_constants import Constants
-from rlquant.deploy.c_helpers import C_NAMES, ROUNDED, helpers_for
+from rlquant.deploy.c_helpers import C_NAMES, helpers_for
 from rlquant.deploy.c_memory import Layout, c_type
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import Activate, Affine, Linear, Op, Program, Table
+from rlquant.deploy.program import Activate, Affine, Linear, Op, Program
 
 __all__ = ["CSource", "Products", "action_type", "generate", "grid_lines", "indented"]
 
@@ -60,7 +60,14 @@ def generate(program: Program, constants: Constants, products: Products, layout:
     compute = "\n".join(indented(lines))
     memory = layout.declaration(products.members)
     output = layout.pointer(program.output)
-    return CSource(memory, f"{ROUNDED}\n{helpers_for(compute + decide)}", compute, output, decide, action_type(program.head))
+    return CSource(
+        memory,
+        helpers_for(compute + decide),
+        compute,
+        output,
+        decide,
+        action_type(program.head),
+    )
 
 
 def indented(lines: list[str]) -> list[str]:

@@ -51,19 +51,21 @@ class VectorProducts:
 
     def _convolution(self, op: Conv2d, name: str) -> list[str]:
         """Tiles of some positions: their patches, the product, and the rows of results put in place."""
-        kind = c_type(self._program.buffers[op.source])
-        rows, positions = op.weight.rows, op.out_size[0] * op.out_size[1]
+        source = self._program.buffers[op.source]
+        kind, rows, positions = c_type(source), op.weight.rows, op.out_size[0] * op.out_size[1]
+        # Unpacking for floats fills the registers (and the compiler's time) with one position already.
+        tile = "1" if source.is_float and op.weight.bits < 32 else "TILE"
         return [
             "int at, p, i;",
-            f"for (at = 0; at < {positions}; at += TILE) {{",
+            f"for (at = 0; at < {positions}; at += {tile}) {{",
             *indented(
                 [
-                    f"const int count = {positions} - at < TILE ? {positions} - at : TILE;",
+                    f"const int count = {positions} - at < {tile} ? {positions} - at : {tile};",
                     "for (p = 0; p < count; ++p) {",
                     f"    {kind} *restrict patch = memory->patch_{kind} + p * {op.weight.columns};",
                     *indented(patch_lines(op, "0", "(at + p)")),
                     "}",
-                    *self._call(op, name, f"memory->patch_{kind}", "TILE"),
+                    *self._call(op, name, f"memory->patch_{kind}", tile),
                     "for (p = 0; p < count; ++p) {",
                     *indented(
                         self._store(op, f"i * {positions} + at + p", f"(memory->result + p * {_whole(rows)})")

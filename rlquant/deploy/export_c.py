@@ -67,7 +67,7 @@ def test_observations(program: Program) -> tuple[Array, dict[str, Array]]:
     extremes = [np.inf, -np.inf, largest, -largest, 0.0, -0.0, 255.0, 1e-40]
     numbers = np.concatenate([tame, *([wild, extremes] if program.is_integer else [])]).astype(np.float32)
     size = sum(program.buffers[i].size for i in range(len(program.inputs)))
-    x = np.arange(TESTS * size, dtype=np.uint32) * np.uint32(2654435761)
+    x: Array = np.arange(TESTS * size, dtype=np.uint32) * np.uint32(2654435761)
     x = (x ^ (x >> 15)) * np.uint32(2246822519)
     limits = np.repeat([_TAME, len(numbers)], TESTS * size // 2)
     flat = numbers[(x ^ (x >> 13)) % limits].reshape(TESTS, size)

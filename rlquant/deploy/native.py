@@ -73,7 +73,9 @@ class NativeRuntime:
             places = (address, self.constants.ctypes.data, self._memory.ctypes.data)
             shape = program.inputs[""]
             owners = (library, self.constants, self._memory)
-            self._fast = caller.Caller(*places, shape, self._action[1], self._action[0].num, self._slow, owners)
+            self._fast = caller.Caller(
+                *places, shape, self._action[1], self._action[0].num, self._slow, owners
+            )
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +124,9 @@ class NativeRuntime:
         """float32 ``[n, size]``: all keys side by side."""
         given = checked(self.program, observations, batch=batch)
         if batch and len({len(part) for part in given.values()}) > 1:
-            raise InputError(f"the keys differ in observations: { {key: len(x) for key, x in given.items()} }")
+            raise InputError(
+                f"the keys differ in observations: { {key: len(x) for key, x in given.items()} }"
+            )
         rows = len(next(iter(given.values()))) if batch else 1
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and saturates
             parts = [part.reshape(rows, -1).astype(np.float32, copy=False) for part in given.values()]

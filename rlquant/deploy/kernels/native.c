@@ -2,6 +2,7 @@
 #include <math.h>
 
 typedef int64_t policy_index;
+typedef float rounded; /* after each operation: -ffp-contract=off sees to it */
 @MEMORY@
 
 const int64_t policy_memory_bytes = sizeof(policy_memory);

@@ -6,10 +6,14 @@
 #ifdef __FAST_MATH__
 #error "this file counts on IEEE arithmetic: compile it without -ffast-math"
 #endif
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__) && defined(__FMA__) + defined(__ARM_FEATURE_FMA) + defined(__aarch64__) > 0
-#pragma GCC optimize("fp-contract=off")
+/* Floats that are rounded after each operation, whatever precision the hardware has (x87), and that GCC's own
+ * dialect, unlike -std=c99, may not fuse into multiply-add. */
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+typedef volatile float rounded;
+#elif defined(__GNUC__) && !defined(__clang__) && !defined(__STRICT_ANSI__)
+typedef volatile float rounded;
+#else
+typedef float rounded;
 #endif
 
 @MEMORY@
