@@ -132,7 +132,7 @@ def _check_linear(op: Linear, source: Buffer, target: Buffer) -> int:
         _finite("the weight", weight.codes)
     else:
         _array("the weight", weight.codes, np.uint8, (-(-count * weight.bits // 8),))
-    _integer(op.group, 1, weight.columns, "the columns of a group")
+    _integer(op.group, 1, _MAX_NUMBERS, "the columns of a group")
     _array("bias", op.bias, np.float32, (weight.rows,))
     _array("gain", op.gain, np.float32, (weight.rows, -(-weight.columns // op.group)))
     _finite("bias", op.bias)

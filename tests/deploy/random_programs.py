@@ -144,7 +144,7 @@ class _Author:
         if conv:
             columns = geometry["image"][0] // blocks * int(np.prod(geometry["kernel"]))
         weight = self.weight(rows, columns, self.number(2, 9))
-        group = self.number(1, columns)
+        group = self.number(1, columns + 2)
         groups = -(-columns // group)
         top = 1 if bits == 32 else 2**bits - 1
         typical = 2.0 ** (self.buffers[source].bits + weight.bits - 2) * np.sqrt(group * groups)

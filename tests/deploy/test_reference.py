@@ -320,9 +320,10 @@ def check_agent(source: str, scheme: str) -> None:
     if scheme != "fp32":
         quantized = quantize_agent(agent, scheme, inputs=collect(agent, 1, seed=5, limit=1000))
     try:
-        program = program_from_files(program_files(compile_agent(quantized)), "memory")
+        program = compile_agent(quantized)
     except InputError as error:
         pytest.skip(str(error))
+    program = program_from_files(program_files(program), "memory")
     expected, actions, distances = by_torch(quantized, shown, starts)
     given = reference.run(program, stacked(agent, shown, starts))
     taken = program.head(given)
@@ -332,10 +333,10 @@ def check_agent(source: str, scheme: str) -> None:
     if program.is_integer:  # as near to fp32 as the network of fake-quantized floats, ties or not
         exact, _, _ = by_torch(agent, shown, starts)
         assert rms(given - exact) < 1.1 * rms(expected - exact)
-        assert rms(given - expected) < 0.02 * rms(expected)
         assert not discrete or (taken == actions).reshape(STEPS, -1).all(axis=1).mean() >= 0.975
     if any(isinstance(op, Table) for op in program.ops):
-        return  # which rounds before it looks up
+        assert rms(given - expected) < 0.02 * rms(expected)
+        return  # a table rounds before it looks up
     free = distances > NEAR_A_TIE
     assert free.mean() > 0.15 or source not in SHIPPED
     size = np.abs(expected).max()
