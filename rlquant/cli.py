@@ -80,7 +80,9 @@ def evaluate(
     max_episodes: Annotated[int, typer.Option("--max-episodes", help="Where --sequential stops.")] = 2000,
     calibration_episodes: CalibrationOption = 8,
     closed_loop: ClosedLoopOption = 0,
-    runtime: Annotated[str, typer.Option("--runtime", help="auto or torch.")] = "auto",
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="auto (torch), torch, native, onnx or reference.")
+    ] = "auto",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Episodes that step together, likewise.")] = 128,

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateOptions", "default_folder", "publish", "run_evaluate", "run_quantize"]
 
-RUNTIMES = ("auto", "torch")
-
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -65,6 +63,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         sequential=options.sequential,
         max_episodes=options.max_episodes,
         device=_device(options.device),
+        runtime="torch" if options.runtime == "auto" else options.runtime,
     )
     settings.schemes()  # a misspelt precision is reported before anything is loaded
     for pair in settings.left_out():
@@ -72,8 +71,6 @@ def run_evaluate(options: EvaluateOptions) -> None:
     for name, count in (("--workers", options.workers), ("--batch", options.batch)):
         if count < 1:
             raise InputError(f"{name} must be at least 1, not {count}")
-    if options.runtime not in RUNTIMES:
-        raise unknown_name("runtime", options.runtime, RUNTIMES)
     agent = _load(options.source, options)
     artifact = agent if agent.precision != "fp32" else None
     if artifact is not None:

@@ -24,7 +24,7 @@ __all__ = ["SELECTION_EPISODES", "candidates", "choose_method", "divergence"]
 
 SELECTION_EPISODES = 32
 
-_CANDIDATES = ("rtn", "mse", "gptq", "awq", "awq+gptq")
+_CANDIDATES = ("rtn", "mse", "gptq", "awq", "awq+gptq", "cle+awq+gptq", "smoothquant+gptq")
 
 
 def candidates(agent: Agent, scheme: MixedScheme) -> list[str]:

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from rlquant import catalog
-from rlquant.control.agent import Agent
 from rlquant.control.collect import raw_observations
-from rlquant.control.compile import compile_agent
+from rlquant.control.program_session import actor_in
 from rlquant.control.quantizer import Quantizer
-from rlquant.control.session import Session, batch_of_one
-from rlquant.deploy.runtime import RUNTIMES, make_runtime
+from rlquant.deploy.runtime import RUNTIMES
 from rlquant.errors import InputError, unknown_name
 from rlquant.measure import Latency, measure_side_by_side, single_thread
 from rlquant.quant import MixedScheme
@@ -22,8 +20,6 @@ from rlquant.quant import MixedScheme
 __all__ = ["BENCH_RUNTIMES", "Contender", "Timing", "contest", "enter"]
 
 BENCH_RUNTIMES = ("torch", *RUNTIMES)
-
-_NO_START = np.zeros(1, bool)
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def enter(
         agent = quantizer.quantize(scheme, method)
         for runtime in runtimes:
             try:
-                act = _actor(agent, runtime)
+                act = actor_in(agent, runtime)
             except InputError as error:
                 left_out.append(f"{scheme.name} in {runtime} is left out: {error}")
                 continue
@@ -88,15 +84,6 @@ def enter(
     if not entered:
         raise InputError("; ".join(left_out))
     return entered, left_out
-
-
-def _actor(agent: Agent, runtime: str) -> Callable[[Any], Any]:
-    if runtime == "torch":
-        session = Session(agent, rows=1, tile=1)
-        return lambda observation: session.act(batch_of_one(observation), _NO_START)
-    if any(part.stack > 1 for part in agent.parts.values()):
-        raise InputError("stacked frames need a session around the runtime")
-    return make_runtime(runtime, compile_agent(agent)).act
 
 
 def contest(

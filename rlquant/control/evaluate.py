@@ -20,7 +20,8 @@ from rlquant.control.methods import AUTO, parse_method
 from rlquant.control.profile import Profiler
 from rlquant.control.quantizer import Pieces, Quantizer
 from rlquant.control.rollout import EnvPool, rollout
-from rlquant.errors import InputError
+from rlquant.deploy.runtime import RUNTIMES
+from rlquant.errors import InputError, unknown_name
 from rlquant.measure import Measurement, Retention, Score, Size, compare
 from rlquant.quant import MixedScheme
 
@@ -48,7 +49,8 @@ class Settings:
         closed_loop: rounds in which the quantized agent plays and is calibrated again.
         sequential: run more episodes where a verdict is undecided.
         max_episodes: where a sequential run stops.
-        device: where the network runs.
+        device: where the network runs, in torch.
+        runtime: what plays and is timed: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
     """
 
     precisions: tuple[str, ...] = ("fp32", "int8", "w8a8")
@@ -62,8 +64,11 @@ class Settings:
     sequential: bool = False
     max_episodes: int = 2000
     device: str = "cpu"
+    runtime: str = "torch"
 
     def __post_init__(self) -> None:
+        if self.runtime not in ("torch", *RUNTIMES):
+            raise unknown_name("runtime", self.runtime, ("torch", *RUNTIMES))
         if self.episodes < 1 or self.calibration_episodes < 1:
             raise InputError(
                 f"at least one episode is needed, not {min(self.episodes, self.calibration_episodes)}; "
@@ -235,6 +240,7 @@ class Evaluation:
                 batch=self.batch,
                 workers=self.workers,
                 device=self.settings.device,
+                runtime=self.settings.runtime,
             )
             row.returns += played.returns.tolist()
             self._keep_row(row)
@@ -268,7 +274,12 @@ class Evaluation:
             return
         settings = self.settings
         profiler = Profiler(
-            self.agent, self.pool, seed=settings.seed, episodes=settings.episodes, device=settings.device
+            self.agent,
+            self.pool,
+            seed=settings.seed,
+            episodes=settings.episodes,
+            device=settings.device,
+            runtime=settings.runtime,
         )
         for row in missing:
             row.profile = profiler.profile(row.agent, row.scheme)
@@ -305,7 +316,7 @@ class Evaluation:
         return Measurement(
             precision=row.scheme.name,
             method=f"auto={row.agent.method}" if row.method == AUTO else row.method,
-            runtime="torch",
+            runtime=settings.runtime,
             score=Score.from_episodes(row.returns, confidence=settings.confidence, seed=settings.seed),
             retention=self._retention(row, reference, random_score),
             bytes=Size(profile["weights_bytes"], profile["artifact_bytes"]),

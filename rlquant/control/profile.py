@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from rlquant.control.agent import Agent
 from rlquant.control.artifact import artifact_files
 from rlquant.control.collect import Inputs, collect, raw_observations
+from rlquant.control.program_session import actor_in
 from rlquant.control.quantize import float_twin, weight_histograms
 from rlquant.control.rollout import EnvPool
-from rlquant.control.session import Session, batch_of_one
 from rlquant.errors import InputError
 from rlquant.measure import Agreement, Latency, action_agreement, measure_latency, plain, q_gap, single_thread
 from rlquant.quant import MixedScheme, weight_bytes
@@ -29,12 +27,22 @@ class Profiler:
         pool: its environments.
         seed: of the evaluation episodes, which calibration has not seen.
         episodes: how many of them may be used.
-        device: where the network runs.
+        device: where the network runs, in torch.
+        runtime: what is timed: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
     """
 
-    def __init__(self, reference: Agent, pool: EnvPool, *, seed: int, episodes: int, device: str) -> None:
+    def __init__(
+        self,
+        reference: Agent,
+        pool: EnvPool,
+        *,
+        seed: int,
+        episodes: int,
+        device: str,
+        runtime: str = "torch",
+    ) -> None:
         self.reference = reference
-        self.device = device
+        self.device, self.runtime = device, runtime
         # Always the same episodes in the same batch, whatever the user's batch and workers.
         self._inputs = collect(reference, min(episodes, _AGREEMENT_EPISODES), seed=seed, pool=pool)
         self._outputs = self._inputs.outputs(reference.actor.cpu())
@@ -84,14 +92,9 @@ class Profiler:
 
     def latency(self, agent: Agent, *, simulated: bool) -> Latency:
         """Of one action on one thread; see :func:`~rlquant.measure.measure_latency`."""
-        session = Session(agent, rows=1, tile=1, device=self.device)
-        starts = np.zeros(1, bool)
+        act = actor_in(agent, self.runtime, self.device)
         with single_thread():
-            return measure_latency(
-                lambda observation: session.act(batch_of_one(observation), starts),
-                self._observations,
-                simulated=simulated,
-            )
+            return measure_latency(act, self._observations, simulated=simulated and self.runtime == "torch")
 
 
 def _artifact_bytes(agent: Agent) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from rlquant.control.agent import Agent
 from rlquant.control.compile import compile_agent
 from rlquant.control.observation import FrameStack
+from rlquant.control.session import Session, batch_of_one
 from rlquant.deploy.runtime import make_runtime
 
-__all__ = ["ProgramSession"]
+__all__ = ["ProgramSession", "actor_in"]
 
 
 class ProgramSession:
@@ -54,3 +56,30 @@ class ProgramSession:
 
     def _stacked(self, key: str, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
         return self._frames[key].push(x, starts) if key in self._frames else x
+
+
+def actor_in(agent: Agent, runtime: str, device: str = "cpu") -> Callable[[Any], np.ndarray]:
+    """What maps one observation to an action, in the middle of an episode.
+
+    Args:
+        agent: fp32 or quantized.
+        runtime: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
+        device: of torch.
+
+    Raises:
+        InputError: as :class:`ProgramSession`.
+    """
+    if runtime != "torch" and all(part.stack == 1 for part in agent.parts.values()):
+        return make_runtime(runtime, compile_agent(agent)).act
+    starts = np.zeros(1, bool)
+    session: Session | ProgramSession = (
+        Session(agent, rows=1, tile=1, device=device)
+        if runtime == "torch"
+        else ProgramSession(agent, 1, runtime=runtime)
+    )
+
+    def act(observation: Any) -> np.ndarray:
+        action: np.ndarray = session.act(batch_of_one(observation), starts)[0]
+        return action
+
+    return act

@@ -161,15 +161,26 @@ def fold_features_(
 def use_whole_grid(actor: Actor) -> None:
     """Give the first layer's input the grid of [0, 1], where every feature was mapped to it.
 
-    Calibration saw only the part of [0, 1] inside the headroom, and would clip there. An input without a
-    fixed grid is left alone.
+    Calibration saw only the part of [0, 1] inside the headroom, and would clip there. Where a method scales the
+    channels of the input first, the grid reaches to the largest of them. An input without a fixed grid is left
+    alone.
     """
     if not all(isinstance(list(actor.encoder(key).modules())[-1], FeatureMap) for key in actor.keys):
         return
     first = actor.rnn if actor.rnn is not None else actor.trunk[0]  # type: ignore[index]
     quantizer: Any = getattr(first, "input_quant" if actor.rnn is None else "input_quant_l0", None)
     if hasattr(quantizer, "set"):  # stored or in training; what is float or dynamic has no grid to set
-        quantizer.set(qparams_from_range(torch.zeros(()), torch.ones(()), quantizer.fmt))
+        quantizer.set(qparams_from_range(torch.zeros(()), _largest_scale(first), quantizer.fmt))
+
+
+def _largest_scale(layer: Any) -> Tensor:
+    """What the largest channel of a layer's input is multiplied by before its grid; outliers stay off the grid."""
+    scale: Tensor | None = getattr(layer, "input_scale", None)
+    if scale is None:
+        return torch.ones(())
+    if layer.outlier_index is not None:
+        scale = scale.index_fill(0, layer.outlier_index.long(), 0.0)
+    return scale.max()
 
 
 def _is_container(module: nn.Module) -> bool:

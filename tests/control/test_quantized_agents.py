@@ -29,7 +29,7 @@ from rlquant.control import (
     save_artifact,
 )
 from rlquant.control.actor import Actor
-from rlquant.control.quantize import float_twin, fold_observation_ranges_
+from rlquant.control.quantize import float_twin, fold_observation_ranges_, use_whole_grid
 from rlquant.errors import InputError
 from rlquant.quant import MixedScheme, QuantizedLayer, Scheme
 
@@ -224,3 +224,16 @@ def test_methods_are_compared_and_what_cannot_be_done_is_left_out(
     assert none.status == 2
     assert "cannot do int4" in none.err
     assert rlquant("evaluate", "ppo-cartpole", "--method", "gtpq", *budget).status == 2
+
+
+def test_the_first_grid_reaches_as_far_as_the_scaled_observations() -> None:
+    agent = load("sac-pendulum")
+    quantized = quantize_agent(agent, "w8a8", inputs=collect(agent, 1, seed=1))
+    first: Any = quantized.actor.get_submodule("trunk.0")
+    assert first.input_quant.scale == pytest.approx(1 / 255)
+    first.input_scale, first.outlier_index = (
+        torch.tensor([0.5, 2.0, 9.0]),
+        torch.tensor([2], dtype=torch.int32),
+    )
+    use_whole_grid(quantized.actor)
+    assert first.input_quant.scale == pytest.approx(2 / 255)
