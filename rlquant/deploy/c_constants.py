@@ -12,7 +12,13 @@ from rlquant.deploy.c_helpers import hexadecimal
 __all__ = ["Block", "Constants", "Literals", "interleave", "steps_per_unit"]
 
 Array = NDArray[Any]
-_TYPES = {"int8": "int8_t", "uint8": "uint8_t", "uint16": "uint16_t", "int32": "int32_t", "float32": "float"}
+_TYPES = {
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+    "uint16": "uint16_t",
+    "int32": "int32_t",
+    "int64": "int64_t",
+} | {"float32": "float"}
 ALIGNMENT = 64
 
 
@@ -30,8 +36,8 @@ class Literals:
     """Constants written into the source: one program, one source."""
 
     def __init__(self) -> None:
-        self.definitions: list[str] = []
-        self.nbytes = 0
+        self.definitions: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
 
     def array(self, name: str, values: Array) -> str:
         """Defines ``static const`` numbers."""
@@ -39,8 +45,8 @@ class Literals:
         kind = _TYPES[flat.dtype.name]
         words = [_float(x) for x in flat.tolist()] if kind == "float" else [str(x) for x in flat.tolist()]
         lines = "\n".join("    " + ", ".join(words[i : i + 12]) + "," for i in range(0, len(words), 12))
-        self.definitions.append(f"static const {kind} {name}[{len(words)}] = {{\n{lines}\n}};")
-        self.nbytes += flat.nbytes
+        self.definitions[name] = f"static const {kind} {name}[{len(words)}] = {{\n{lines}\n}};"
+        self.sizes[name] = flat.nbytes
         return name
 
     def number(self, name: str, value: float) -> str:

@@ -52,6 +52,13 @@ static float clampf(float x, float low, float high)
     x = x < low ? low : x;
     return x > high ? high : x;
 }""",
+    "shifted": """
+/* total / 2^shift, between low and high */
+static int32_t shifted(int64_t total, int shift, int32_t low, int32_t high)
+{
+    total >>= shift; /* of a negative number too the floor, as every compiler for such chips has it */
+    return total < low ? low : total > high ? high : (int32_t)total;
+}""",
     "tanh32": f"""
 /* tanh, the same to the bit on every machine: separate multiplications and additions, one division */
 static float tanh32(float x)

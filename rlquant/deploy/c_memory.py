@@ -18,11 +18,13 @@ class Layout:
     Attributes:
         slots: the buffers of each slot.
         margin: unused entries after a buffer of integers.
+        real: C type of real numbers.
     """
 
     program: Program
     slots: tuple[tuple[int, ...], ...]
     margin: int
+    real: str = "float"
 
     def declaration(self, extra: list[str]) -> str:
         """The C type ``policy_memory``; ``extra`` are further members."""
@@ -42,6 +44,10 @@ class Layout:
         slot = next(number for number, slot in enumerate(self.slots) if index in slot)
         return f"memory->s{slot}.b{index}"
 
+    def kind(self, index: int) -> str:
+        """C type of a buffer's numbers."""
+        return c_type(self.program.buffers[index], self.real)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
@@ -57,10 +63,10 @@ class Layout:
 
     def _member(self, index: int) -> str:
         buffer = self.program.buffers[index]
-        return f"{c_type(buffer)} b{index}[{self._entries(buffer)}]"
+        return f"{self.kind(index)} b{index}[{self._entries(buffer)}]"
 
 
-def layout(program: Program, *, margin: bool) -> Layout:
+def layout(program: Program, *, margin: bool = False, real: str = "float") -> Layout:
     """Gives each buffer the first slot that is free from its first write to its last read."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -76,9 +82,9 @@ def layout(program: Program, *, margin: bool) -> Layout:
             slots.append([index])
         else:
             slot.append(index)
-    return Layout(program, tuple(map(tuple, slots)), MARGIN if margin else 0)
+    return Layout(program, tuple(map(tuple, slots)), MARGIN if margin else 0, real)
 
 
-def c_type(buffer: Buffer) -> str:
-    """float, uint8_t or uint16_t."""
-    return "float" if buffer.is_float else "uint8_t" if buffer.bits <= 8 else "uint16_t"
+def c_type(buffer: Buffer, real: str = "float") -> str:
+    """``real``, uint8_t or uint16_t."""
+    return real if buffer.is_float else "uint8_t" if buffer.bits <= 8 else "uint16_t"

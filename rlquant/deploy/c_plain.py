@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from rlquant.deploy.c_constants import Constants
 from rlquant.deploy.c_memory import c_type
-from rlquant.deploy.c_source import grid_lines, indented
-from rlquant.deploy.program import Buffer, Conv2d, Linear, Program
+from rlquant.deploy.c_source import indented
+from rlquant.deploy.program import Conv2d, Linear, Program
 
-__all__ = ["PlainProducts", "patch_lines", "patch_members", "patch_sizes"]
+__all__ = ["PlainProducts", "Scaling", "patch_lines", "patch_members", "patch_sizes"]
+
+
+class Scaling(Protocol):
+    """From accumulators to results."""
+
+    def limits(self, op: Linear, name: str) -> list[str]:
+        """Declarations before the rows."""
+
+    def total(self) -> str:
+        """Declares the sum over groups."""
+
+    def add(self, op: Linear, name: str, entry: str) -> list[str]:
+        """Statements that add ``sum``, of one group, to ``total``; ``entry`` is the index of its gain."""
+
+    def finish(self, op: Linear, name: str) -> list[str]:
+        """Statements after the last group."""
+
+    def value(self, op: Linear) -> str:
+        """What is written."""
 
 
 class PlainProducts:
     """Writes products; see :class:`~rlquant.deploy.c_source.Products`."""
 
-    def __init__(self, program: Program, constants: Constants) -> None:
+    def __init__(self, program: Program, constants: Constants, scaling: Scaling) -> None:
         self._program = program
         self._constants = constants
+        self._scaling = scaling
         self.members = patch_members(program, 1)
 
     def lines(self, op: Linear, name: str) -> list[str]:
         """Statements that read ``x`` and write ``y``."""
-        source, target = self._program.buffers[op.source], self._program.buffers[op.target]
-        start = [] if target.is_float else grid_lines(op, name, self._constants)
+        source, start = self._program.buffers[op.source], self._scaling.limits(op, name)
         if not isinstance(op, Conv2d):
             start.append(f"enum {{ first = 0, last = {op.weight.rows}, at = 0, positions = 1 }};")
-            return [*start, *self._rows(op, name, source, target, "x")]
+            return [*start, *self._rows(op, name, "x")]
         positions = op.out_size[0] * op.out_size[1]
         rows = op.weight.rows // op.blocks
         return [
@@ -39,57 +60,36 @@ class PlainProducts:
                 [
                     f"const int first = block * {rows}, last = first + {rows};",
                     *patch_lines(op, "block", "at"),
-                    *self._rows(op, name, source, target, "patch"),
+                    *self._rows(op, name, "patch"),
                 ]
             ),
             "}",
         ]
 
-    def _rows(self, op: Linear, name: str, source: Buffer, target: Buffer, x: str) -> list[str]:
+    def _rows(self, op: Linear, name: str, x: str) -> list[str]:
         """Rows ``first`` to ``last`` times the numbers at ``x``."""
         columns, groups = op.weight.columns, op.gain.shape[1]
-        weight = self._weight(op, name)
-        bias = self._constants.array(f"bias{name}", op.bias)
-        floats = op.weight.bits == 32
-        gain = "" if floats else self._constants.array(f"gain{name}", op.gain)
-        entry = "row" if groups == 1 else f"(row * {groups} + group)"
-        ends = f"group == {groups - 1} ? {columns} : (group + 1) * {op.group}"
-        total = "total = part;" if groups == 1 else "total = group == 0 ? part : total + part;"
-        if source.is_float:
-            add = [f"sum = sum + {x}[k] * {weight};"]
-            start = "rounded sum = 0.0f, part;"
+        entry = "row" if groups == 1 else f"row * {groups} + group"
+        if self._program.buffers[op.source].is_float:
+            start, add = "rounded sum = 0.0f;", f"sum = sum + {x}[k] * {self._weight(op, name)};"
         else:
-            add = [f"sum += (int32_t){x}[k] * {weight};"]
             correct = self._constants.array(f"correction{name}", op.corrections) if op.source_zero else ""
-            start = f"int32_t sum = {f'{correct}[{entry}]' if correct else '0'};\nrounded part;"
+            start = f"int32_t sum = {f'{correct}[{entry}]' if correct else '0'};"
+            add = f"sum += (int32_t){x}[k] * {self._weight(op, name)};"
+        end = columns if groups == 1 else f"group == {groups - 1} ? {columns} : (group + 1) * {op.group}"
         one = [
-            *start.split("\n"),
-            f"const int end = {columns if groups == 1 else ends};",
+            start,
+            f"const int end = {end};",
             f"int k = {'0' if groups == 1 else f'group * {op.group}'};",
-            "for (; k < end; ++k) {",
-            *indented(add),
-            "}",
-            "part = (float)sum;",
-            *([] if floats else [f"part = part * {gain}[{entry}];"]),
-            total,
+            f"for (; k < end; ++k) {add}",
+            *self._scaling.add(op, name, entry),
         ]
-        body = (
-            one
-            if groups == 1
-            else [
-                f"int group;\nfor (group = 0; group < {groups}; ++group) {{".replace("\n", " "),
-                *indented(one),
-                "}",
-            ]
-        )
-        value = (
-            "total" if target.is_float else f"({c_type(target)})(round_even(clampf(total, low, high)) + zero)"
-        )
+        head = "{" if groups == 1 else f"int group; for (group = 0; group < {groups}; ++group) {{"
+        row = [self._scaling.total(), head, *indented(one), "}", *self._scaling.finish(op, name)]
         return [
             "int row;",
             "for (row = first; row < last; ++row) {",
-            *indented(["rounded total = 0.0f;", "{", *indented(body), "}", f"total = total + {bias}[row];"]),
-            f"    y[row * positions + at] = {value};",
+            *indented([*row, f"y[row * positions + at] = {self._scaling.value(op)};"]),
             "}",
         ]
 

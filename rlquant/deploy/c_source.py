@@ -14,11 +14,11 @@ import numpy as np
 
 from rlquant.deploy.c_constants import Constants
 from rlquant.deploy.c_helpers import C_NAMES, helpers_for
-from rlquant.deploy.c_memory import Layout, c_type
+from rlquant.deploy.c_memory import Layout
 from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import Activate, Affine, Linear, Op, Program
 
-__all__ = ["CSource", "Products", "action_type", "generate", "grid_lines", "indented"]
+__all__ = ["CSource", "Numbers", "Products", "action_type", "generate", "indented"]
 
 
 class Products(Protocol):
@@ -28,6 +28,16 @@ class Products(Protocol):
 
     def lines(self, op: Linear, name: str) -> list[str]:
         """Statements that read ``x`` and write ``y``."""
+
+
+class Numbers(Protocol):
+    """How real numbers are computed with: in floats or in fixed point."""
+
+    def affine(self, op: Affine, name: str, at: str) -> list[str]:
+        """Statements from ``x[at]`` to ``y[i]``."""
+
+    def box(self, head: ProgramHead) -> list[str]:
+        """Statements from ``y[i]`` to ``action[i]``, within bounds."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,16 @@ class CSource:
     action: str
 
 
-def generate(program: Program, constants: Constants, products: Products, layout: Layout) -> CSource:
+def generate(
+    program: Program, constants: Constants, products: Products, numbers: Numbers, layout: Layout
+) -> CSource:
     """Write a program in C."""
     lines: list[str] = []
     for index, op in enumerate(program.ops):
-        lines += _block(program, layout, op, _statements(program, op, f"{index}", constants, products))
-    decide = "\n".join(indented(_decide(program.head, constants)))
+        lines += _block(
+            program, layout, op, _statements(program, op, f"{index}", constants, products, numbers)
+        )
+    decide = "\n".join(indented(_decide(program.head, numbers)))
     compute = "\n".join(indented(lines))
     memory = layout.declaration(products.members)
     output = layout.pointer(program.output)
@@ -82,15 +96,6 @@ def action_type(head: ProgramHead) -> str:
     return "int8_t" if head.kind == "threshold" else "float"
 
 
-def grid_lines(op: Linear, name: str, constants: Constants) -> list[str]:
-    """Declares ``low``, ``high`` and ``zero``, by which :data:`TO_GRID` rounds to the grid of a target."""
-    return [
-        f"const float low = {constants.number(f'low{name}', op.low - op.zero)};",
-        f"const float high = {constants.number(f'high{name}', op.high - op.zero)};",
-        f"const int32_t zero = (int32_t){constants.number(f'zero{name}', op.zero)};",
-    ]
-
-
 def _block(program: Program, layout: Layout, op: Op, statements: list[str]) -> list[str]:
     source, target = program.buffers[op.source], program.buffers[op.target]
     start = getattr(op, "start", 0)
@@ -99,8 +104,8 @@ def _block(program: Program, layout: Layout, op: Op, statements: list[str]) -> l
         f"{{ /* {what}: {source.size} x {source.bits} bits -> {target.size} x {target.bits} bits */",
         *indented(
             [
-                f"const {c_type(source)} *restrict x = {layout.pointer(op.source)};",
-                f"{c_type(target)} *restrict y = {layout.pointer(op.target)}{f' + {start}' if start else ''};",
+                f"const {layout.kind(op.source)} *restrict x = {layout.pointer(op.source)};",
+                f"{layout.kind(op.target)} *restrict y = {layout.pointer(op.target)}{f' + {start}' if start else ''};",
                 *statements,
             ]
         ),
@@ -108,54 +113,26 @@ def _block(program: Program, layout: Layout, op: Op, statements: list[str]) -> l
     ]
 
 
-def _statements(program: Program, op: Op, name: str, constants: Constants, products: Products) -> list[str]:
+def _statements(
+    program: Program, op: Op, name: str, constants: Constants, products: Products, numbers: Numbers
+) -> list[str]:
     source, target = program.buffers[op.source], program.buffers[op.target]
     if isinstance(op, Linear):
         return products.lines(op, name)
     if isinstance(op, Affine):
         size = len(op.order) if op.order is not None else source.size
-        return _affine(op, size, target.is_float, name, constants)
+        at = "i" if op.order is None else f"{constants.array(f'order{name}', op.order)}[i]"
+        return loop(size, numbers.affine(op, name, at))
     if isinstance(op, Activate):
-        return _loop(source.size, [f"y[i] = {C_NAMES[op.kind]}(x[i]);"])
+        return loop(source.size, [f"y[i] = {C_NAMES[op.kind]}(x[i]);"])
     small = op.table.astype(np.uint8) if target.bits <= 8 else op.table
     table = constants.array(f"table{name}", small)
-    return _loop(source.size, [f"y[i] = {table}[x[i]];"])
+    return loop(source.size, [f"y[i] = {table}[x[i]];"])
 
 
-def _loop(count: int, statements: list[str]) -> list[str]:
+def loop(count: int, statements: list[str]) -> list[str]:
+    """For each ``i`` below ``count``."""
     return ["int i;", f"for (i = 0; i < {count}; ++i) {{", *indented(statements), "}"]
-
-
-def _affine(op: Affine, size: int, to_float: bool, name: str, constants: Constants) -> list[str]:
-    def entry(part: str) -> str:
-        values = getattr(op, part)
-        if len(values) == 1:
-            return constants.number(f"{part}{name}", values[0])
-        return f"{constants.array(f'{part}{name}', values)}[i]"
-
-    at = "i" if op.order is None else f"{constants.array(f'order{name}', op.order)}[i]"
-    lines = [f"rounded v = (float)x[{at}];", f"v = v * {entry('gain')};", f"v = v + {entry('offset')};"]
-    if not to_float or np.isfinite(op.low).any() or np.isfinite(op.high).any():
-        lines.append(f"v = clampf(v, {entry('low')}, {entry('high')});")
-    lines.append("y[i] = v;" if to_float else "y[i] = round_even(v);")
-    return _loop(size, lines)
-
-
-def _decide(head: ProgramHead, constants: Constants) -> list[str]:
-    if head.kind in ("argmax", "multi_argmax"):
-        return _argmax(head)
-    if head.kind == "threshold":
-        return _loop(head.outputs, ["action[i] = y[i] > 0.0f;"])
-    assert head.low is not None
-    assert head.high is not None
-    low = f"{constants.array('action_low', head.low)}[i]"
-    if head.kind == "clip":
-        high = f"{constants.array('action_high', head.high)}[i]"
-        return _loop(head.outputs, [f"action[i] = clampf(y[i], {low}, {high});"])
-    span = f"{constants.array('action_span', head.high - head.low)}[i]"
-    squashed = "tanh32(y[i])" if head.kind == "tanh" else "y[i]"
-    steps = [f"rounded v = {squashed};", "v = v + 1.0f;", "v = 0.5f * v;", f"v = v * {span};"]
-    return _loop(head.outputs, [*steps, f"v = {low} + v;", "action[i] = v;"])
 
 
 def _argmax(head: ProgramHead) -> list[str]:
@@ -171,3 +148,11 @@ def _argmax(head: ProgramHead) -> list[str]:
         ]
         start += size
     return lines
+
+
+def _decide(head: ProgramHead, numbers: Numbers) -> list[str]:
+    if head.kind in ("argmax", "multi_argmax"):
+        return _argmax(head)
+    if head.kind == "threshold":
+        return loop(head.outputs, ["action[i] = y[i] > 0;"])
+    return loop(head.outputs, numbers.box(head))

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlquant.deploy.c_constants import Constants, interleave
+from rlquant.deploy.c_floats import FloatNumbers, grid_lines
 from rlquant.deploy.c_memory import MARGIN, c_type
 from rlquant.deploy.c_plain import PlainProducts, patch_lines, patch_members
-from rlquant.deploy.c_source import grid_lines, indented
+from rlquant.deploy.c_source import indented
 from rlquant.deploy.program import Conv2d, Linear, Program
 
 __all__ = ["VectorProducts"]
@@ -27,7 +28,7 @@ class VectorProducts:
     def __init__(self, program: Program, constants: Constants) -> None:
         self._program = program
         self._constants = constants
-        self._plain = PlainProducts(program, constants)
+        self._plain = PlainProducts(program, constants, FloatNumbers(program, constants))
         ours = [op for op in program.ops if isinstance(op, Linear) and _fits(op)]
         wide = [op for op in ours if 8 < program.buffers[op.source].bits < 32]
         rows = max((_whole(op.weight.rows) for op in ours), default=16)

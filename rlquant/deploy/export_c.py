@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rlquant.deploy import reference
 from rlquant.deploy.c_build import kernel_text
 from rlquant.deploy.c_constants import Literals
+from rlquant.deploy.c_fixed import ACTION_FRACTION, FixedNumbers, fits_fixed_point
+from rlquant.deploy.c_floats import FloatNumbers
 from rlquant.deploy.c_memory import layout
 from rlquant.deploy.c_plain import PlainProducts, patch_sizes
 from rlquant.deploy.c_source import CSource, generate
@@ -40,19 +42,60 @@ def export_c(program: Program, folder: Path) -> list[Path]:
 
 def c_files(program: Program) -> dict[str, str]:
     """The text of each file, by name."""
-    literals, memory = Literals(), layout(program, margin=False)
-    source = generate(program, literals, PlainProducts(program, literals), memory)
+    memory = layout(program, real="policy_number")
+    floats, integers = Literals(), Literals()
+    plain = FloatNumbers(program, floats)
+    source = generate(program, floats, PlainProducts(program, floats, plain), plain, memory)
+    parts = {"FLOAT_PART": _part(source), "INTEGER_PART": ""}
+    parts["INTEGER_SUPPORT"] = '#error "this policy computes in floats and cannot do with integers only"'
+    if fits_fixed_point(program):
+        fixed = FixedNumbers(program, integers)
+        products = PlainProducts(program, integers, fixed)
+        parts["INTEGER_PART"] = _part(generate(program, integers, products, fixed, memory))
+        units = (fixed.fractions[0], fixed.fractions[program.output], _action_one(program.head))
+        parts["INTEGER_SUPPORT"] = (
+            "#define POLICY_FRACTION {0} /* an observation x is x * 2^{0} */\n"
+            "#define POLICY_OUTPUT_FRACTION {1}\n"
+            "#define POLICY_ACTION_ONE {2} /* the action 1 */"
+        ).format(*units)
+    shared = {
+        name: text for name, text in floats.definitions.items() if integers.definitions.get(name) == text
+    }
+    for name, literals in (("FLOAT_PART", floats), ("INTEGER_PART", integers)):
+        own = [text for key, text in literals.definitions.items() if key not in shared]
+        parts[name] = "\n".join(own) + parts[name]
     widths = {"float": 4, "uint8_t": 1, "uint16_t": 2}
     ram = memory.nbytes + sum(widths[kind] * size for kind, size in patch_sizes(program).items())
-    constants = "\n".join(literals.definitions)
+    text = "\n".join(floats.definitions.values()) + source.compute
     fields = _fields(program, source) | {
-        "CONSTANTS": constants,
-        "FLASH": str(literals.nbytes),
+        "CONSTANTS": "\n".join(shared.values()),
+        "FLASH": str(sum(floats.sizes.values())),
         "RAM": str(ram),
-        "HASH": hashlib.sha256((constants + source.compute).encode()).hexdigest()[:16],
+        "HASH": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "INTEGER_ACTION": "int32_t" if source.action == "float" else source.action,
     }
-    files = {name: _filled(kernel_text(name), fields) for name in ("policy.c", "policy.h", "main.c")}
+    names = ("policy.c", "policy.h", "main.c")
+    files = {name: _filled(kernel_text(name), fields | parts) for name in names}
     return files | {"policy_test.h": _test_vector(program)}
+
+
+def _part(source: CSource) -> str:
+    """The functions that depend on how real numbers are computed with."""
+    return f"""{source.helpers}
+
+static void compute(policy_memory *memory, const policy_number *restrict observation)
+{{
+{source.compute}
+}}
+
+static void decide(const policy_number *y, policy_action *action)
+{{
+{source.decide}
+}}"""
+
+
+def _action_one(head: ProgramHead) -> int:
+    return 2**ACTION_FRACTION if head.kind in ("clip", "tanh", "unscale") else 1
 
 
 def test_observations(program: Program) -> tuple[Array, dict[str, Array]]:
@@ -94,7 +137,7 @@ def _test_vector(program: Program) -> str:
             f"#define POLICY_TAME {_TAME}",
             f"#define POLICY_NUMBERS {len(numbers)}",
             f"#define POLICY_TOLERANCE {tolerance}",
-            *literals.definitions,
+            *literals.definitions.values(),
             "",
         ]
     )
@@ -105,9 +148,6 @@ def _fields(program: Program, source: CSource) -> dict[str, str]:
     return {
         "TITLE": f"A policy ({program.name})" if program.name else "A policy",
         "MEMORY": source.memory,
-        "HELPERS": source.helpers,
-        "COMPUTE": source.compute,
-        "DECIDE": source.decide,
         "OUTPUT": source.output,
         "ACTION": source.action,
         "OBSERVATION": _describe(program.inputs),

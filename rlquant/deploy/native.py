@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rlquant.deploy.c_build import NATIVE_FLAGS, kernel_text, shared_library
 from rlquant.deploy.c_constants import ALIGNMENT, Block
+from rlquant.deploy.c_floats import FloatNumbers
 from rlquant.deploy.c_memory import layout
 from rlquant.deploy.c_source import generate
 from rlquant.deploy.c_vector import VectorProducts
@@ -149,7 +150,7 @@ class NativeRuntime:
 def native_source(program: Program) -> tuple[str, Array, str]:
     """The source of a program, the block of constants that it reads, and the C type of its actions."""
     block, memory = Block(), layout(program, margin=True)
-    parts = generate(program, block, VectorProducts(program, block), memory)
+    parts = generate(program, block, VectorProducts(program, block), FloatNumbers(program, block), memory)
     size = sum(program.buffers[i].size for i in range(len(program.inputs)))
     fields = {
         "MEMORY": parts.memory,

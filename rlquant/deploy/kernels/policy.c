@@ -1,7 +1,12 @@
 /* @TITLE@. See policy.h. */
 #include "policy.h"
 
+#ifdef POLICY_INTEGER_ONLY
+#define LOWEST INT32_MIN
+#else
 #include <math.h>
+#define LOWEST (-INFINITY)
+#endif
 
 #ifdef __FAST_MATH__
 #error "this file counts on IEEE arithmetic: compile it without -ffast-math"
@@ -21,19 +26,14 @@ typedef float rounded;
 static policy_memory working;
 
 @CONSTANTS@
-@HELPERS@
 
-static void compute(policy_memory *memory, const float *restrict observation)
-{
-@COMPUTE@
-}
+#ifdef POLICY_INTEGER_ONLY
+@INTEGER_PART@
+#else
+@FLOAT_PART@
+#endif
 
-static void decide(const float *y, policy_action *action)
-{
-@DECIDE@
-}
-
-static int missing(const float *observation)
+static int missing(const policy_number *observation)
 {
     int i;
     for (i = 0; i < POLICY_OBSERVATION_SIZE; ++i)
@@ -41,7 +41,7 @@ static int missing(const float *observation)
     return 0;
 }
 
-int policy_outputs(const float *observation, float *outputs)
+int policy_outputs(const policy_number *observation, policy_number *outputs)
 {
     policy_memory *memory = &working;
     int i;
@@ -51,19 +51,19 @@ int policy_outputs(const float *observation, float *outputs)
     return 0;
 }
 
-int policy_act_masked(const float *observation, const uint8_t *mask, policy_action *action)
+int policy_act_masked(const policy_number *observation, const uint8_t *mask, policy_action *action)
 {
     policy_memory *memory = &working;
     int i;
     if (missing(observation)) return 1;
     compute(memory, observation);
     for (i = 0; i < POLICY_OUTPUT_SIZE; ++i)
-        if (mask != 0 && mask[i] == 0) @OUTPUT@[i] = -INFINITY;
+        if (mask != 0 && mask[i] == 0) @OUTPUT@[i] = LOWEST;
     decide(@OUTPUT@, action);
     return 0;
 }
 
-int policy_act(const float *observation, policy_action *action)
+int policy_act(const policy_number *observation, policy_action *action)
 {
     return policy_act_masked(observation, 0, action);
 }

@@ -8,6 +8,7 @@
  *
  * C99 and nothing but <stdint.h> and <math.h>. Every compiler and chip gives the same bits, if compiled without
  * -ffast-math and -ffp-contract=fast; main.c checks that. -std=c99 is faster than -std=gnu99.
+ * -DPOLICY_INTEGER_ONLY is for chips without an FPU: fixed point, equal to the floats but for rare roundings.
  */
 #ifndef POLICY_H
 #define POLICY_H
@@ -19,16 +20,23 @@
 #define POLICY_ACTION_SIZE @ACTION_SIZE@
 
 typedef int32_t policy_index;
+#ifdef POLICY_INTEGER_ONLY /* no float anywhere: observations and outputs are int32 in these units */
+@INTEGER_SUPPORT@
+typedef int32_t policy_number;
+typedef @INTEGER_ACTION@ policy_action;
+#else
+typedef float policy_number;
 typedef @ACTION@ policy_action;
+#endif
 
 /* Writes POLICY_ACTION_SIZE numbers. Returns 0, or 1 where the observation holds NaN, which is refused:
  * `action` is left as it was. Infinity saturates. */
-int policy_act(const float *observation, policy_action *action);
+int policy_act(const policy_number *observation, policy_action *action);
 
 /* The same; choices whose mask is 0 are not taken. `mask` may be a null pointer. */
-int policy_act_masked(const float *observation, const uint8_t *mask, policy_action *action);
+int policy_act_masked(const policy_number *observation, const uint8_t *mask, policy_action *action);
 
 /* What the network puts out, POLICY_OUTPUT_SIZE numbers, before they become an action. */
-int policy_outputs(const float *observation, float *outputs);
+int policy_outputs(const policy_number *observation, policy_number *outputs);
 
 #endif
