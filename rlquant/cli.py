@@ -239,6 +239,21 @@ def bench(
 
 
 @app.command()
+def export(
+    source: Source,
+    to: Annotated[str, typer.Option("--to", help="c, onnx or program.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    env: EnvOption = None,
+    normaliser: NormaliserOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Write an agent or artifact as C99 with a test vector, as an ONNX graph, or as a program folder."""
+    from rlquant.exporting import run_export
+
+    run_export(source, to, out, env, normaliser, trust)
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
     """List shipped agents, environments, recipes or schemes."""
     if kind not in KINDS:

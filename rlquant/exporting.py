@@ -1,0 +1,49 @@
+"""What the command ``export`` does, once its options are parsed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlquant.errors import InputError, unknown_name
+from rlquant.runs import write_atomic
+
+__all__ = ["TARGETS", "run_export"]
+
+TARGETS = ("c", "onnx", "program")
+
+
+def run_export(
+    source: str, target: str, out: Path, env: str | None, normaliser: Path | None, trust: bool
+) -> None:
+    """Compile an agent or artifact and write it as C99, as an ONNX graph or as a program folder."""
+    from rich.console import Console
+
+    from rlquant.control import load
+    from rlquant.control.compile import compile_agent
+
+    if target not in TARGETS:
+        raise unknown_name("export target", target, TARGETS)
+    agent = load(source, env=env, normaliser=normaliser, trust=trust)
+    program = compile_agent(agent)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be created: {error.strerror}") from None
+    if target == "c":
+        from rlquant.deploy.export_c import c_files
+
+        files = c_files(program)
+        for name, text in files.items():
+            write_atomic(out / name, text)
+        written = f"{', '.join(files)}; check with: cc -std=c99 -O2 policy.c main.c -lm && ./a.out"
+    elif target == "onnx":
+        from rlquant.deploy.onnx_runtime import export_onnx
+
+        metadata = {"environment": agent.env.id, "precision": agent.precision, "method": agent.method}
+        size = export_onnx(program, out / "policy.onnx", masked=agent.masked, metadata=metadata)
+        written = f"policy.onnx ({size:,} bytes)"
+    else:
+        from rlquant.deploy.files import save_program
+
+        written = f"a program ({save_program(program, out):,} bytes)"
+    Console(highlight=False, soft_wrap=True).print(f"{out}: {agent.precision}, {written}")
