@@ -110,7 +110,7 @@ class FixedNumbers:
         multipliers = np.clip(np.rint(gains * 2.0 ** shifts[:, None]), -_LARGEST, _LARGEST).astype(np.int32)
         halves = np.where(shifts > 0, 2.0 ** (shifts - 1), 0)
         whole = np.clip(np.rint(offsets * 2.0**shifts) + halves, -(2.0**61), 2.0**61).astype(np.int64)
-        if size > 1:
+        if multipliers.size > 1:
             return (
                 f"{self._constants.array(f'multiplier{name}', multipliers)}[row]",
                 f"{self._constants.array(f'offset{name}', whole)}[row]",

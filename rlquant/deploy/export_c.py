@@ -54,7 +54,7 @@ def c_files(program: Program) -> dict[str, str]:
         parts["INTEGER_PART"] = _part(generate(program, integers, products, fixed, memory))
         units = (fixed.fractions[0], fixed.fractions[program.output], _action_one(program.head))
         parts["INTEGER_SUPPORT"] = (
-            "#define POLICY_FRACTION {0} /* an observation x is x * 2^{0} */\n"
+            "#define POLICY_FRACTION {0} /* an observation x is x * 2^{0}, limited to int32 */\n"
             "#define POLICY_OUTPUT_FRACTION {1}\n"
             "#define POLICY_ACTION_ONE {2} /* the action 1 */"
         ).format(*units)

@@ -87,14 +87,18 @@ def test_other_dialects_may_not_fuse_multiply_and_add(standard: str, exported: P
 def test_on_a_cortex_m(board: str, exported: Path, record_property: Any) -> None:
     needs("arm-none-eabi-gcc")
     needs("qemu-arm")
-    flags = ("-O2", "-mthumb", *BOARDS[board])
-    run("arm-none-eabi-gcc", *WARNINGS, *flags, "-c", "policy.c", "main.c", folder=exported)
-    start = Path(__file__).with_name("cortex_m.c").resolve()
-    parts = ("--specs=nosys.specs", "-nostartfiles", "policy.o", "main.o", start, "-lm", "-o", "board")
-    run("arm-none-eabi-gcc", *flags, *parts, folder=exported)
+    build_for_board(exported, *BOARDS[board])
     assert run("qemu-arm", "board", folder=exported) == f"ok: {TESTS} observations\n"
     if board == "cortex-m4":
         record_property("instructions per action", instructions(exported))
+
+
+def build_for_board(folder: Path, *flags: str) -> None:
+    flags = ("-O2", "-mthumb", *flags)
+    run("arm-none-eabi-gcc", *WARNINGS, *flags, "-c", "policy.c", "main.c", folder=folder)
+    start = Path(__file__).with_name("cortex_m.c").resolve()
+    parts = ("--specs=nosys.specs", "-nostartfiles", "policy.o", "main.o", start, "-lm", "-o", "board")
+    run("arm-none-eabi-gcc", *flags, *parts, folder=folder)
 
 
 def instructions(folder: Path) -> int:
@@ -107,6 +111,40 @@ def instructions(folder: Path) -> int:
     (folder / "trace").unlink()
     assert counts[1] > counts[0] > 1000
     return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *AGENTS,
+        ("sac-pendulum", "w4a8-g32"),
+        ("tqc-hopper", "w8a8"),
+        ("dqn-cartpole", "w8a16"),
+        ("cnn-catch", "w8a8"),
+    ],
+)
+def test_without_floats(name: str, scheme: str, tmp_path: Path) -> None:
+    needs("gcc")
+    export_c(compiled(name, scheme), tmp_path)
+    check(tmp_path, "gcc", "-O2", "-DPOLICY_INTEGER_ONLY")
+
+
+def test_a_chip_without_an_fpu_emulates_none(exported: Path) -> None:
+    needs("arm-none-eabi-gcc")
+    needs("qemu-arm")
+    build_for_board(exported, *BOARDS["cortex-m3"], "-DPOLICY_INTEGER_ONLY")
+    called = run("arm-none-eabi-nm", "--undefined-only", "policy.o", folder=exported).split()
+    assert not [name for name in called if re.match(r"__aeabi_(f|d|i2f|l2f|ul2f)", name)]
+    assert run("qemu-arm", "board", folder=exported) == f"ok: {TESTS} observations\n"
+
+
+def test_programs_of_floats_refuse_to_do_without(tmp_path: Path) -> None:
+    needs("gcc")
+    export_c(compiled("sac-pendulum", "int4"), tmp_path)
+    command = ("gcc", "-DPOLICY_INTEGER_ONLY", "-c", "policy.c")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "this policy computes in floats" in done.stderr
 
 
 def test_memory_in_the_header_is_what_the_linker_sees(exported: Path) -> None:
