@@ -235,6 +235,13 @@ def test_without_python_headers_it_says_so_and_acts_the_same(
     np.testing.assert_array_equal(slow.act(x), fast.act(x))
     with pytest.raises(InputError, match="NaN"):
         slow.act(x * np.float32(np.nan))
+    with pytest.raises(InputError, match="shape"):
+        slow.act(x[:2])
+    for dtype in (np.float64, np.int8, bool):
+        np.testing.assert_array_equal(slow.act(x.astype(dtype)), fast.act(x))
+    kept = slow.act(x)
+    assert not np.array_equal(slow.act(-x), kept)
+    np.testing.assert_array_equal(kept, fast.act(x))
 
 
 @pytest.mark.parametrize(("cc", "looked_for"), [(None, "cc, gcc, clang"), ("tcc-of-yore", "tcc-of-yore")])
