@@ -144,8 +144,9 @@ def _quantile(blocks: Tensor, fraction: float) -> Tensor:
 
 def _histogram(magnitude: Tensor, largest: Tensor, bins: int) -> Tensor:
     """Counts of ``|x|`` in equal bins from 0 to each row's largest: float32 ``[blocks, bins]``."""
-    width = torch.where(largest == 0, 1.0, largest)[:, None] / bins
-    index = (magnitude / width).long().clamp_(max=bins - 1)
+    # Divided by the largest first: a bin's width could underflow to zero.
+    share = magnitude / torch.where(largest == 0, 1.0, largest)[:, None]
+    index = (share * bins).long().clamp_(max=bins - 1)
     counts = torch.zeros(len(magnitude), bins, device=magnitude.device)
     counts.scatter_add_(1, index, torch.ones_like(magnitude))
     # Zeros, half of the output of a ReLU, are exact on every grid and must not drown the rest.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -22,6 +22,7 @@ def heavy_tailed(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(x=rows, observer=st.sampled_from(sorted(OBSERVERS)), signed=st.booleans(), bits=st.integers(2, 8))
+@example(x=np.full((1, 64), 1e-45, np.float32), observer="entropy", signed=False, bits=2)
 def test_every_rule_stays_inside_minmax_and_covers_zero(
     x: np.ndarray, observer: str, signed: bool, bits: int
 ) -> None:
