@@ -48,7 +48,8 @@ class EvaluateOptions:
 def run_evaluate(options: EvaluateOptions) -> None:
     """Evaluate, write results.json and report.html, print the table."""
     from rlquant.control import Evaluation, Settings
-    from rlquant.control.evaluate import settings_json, subject
+    from rlquant.control.evaluate import subject
+    from rlquant.control.settings import settings_json
     from rlquant.measure import results_document
 
     settings = Settings(

@@ -14,7 +14,7 @@ from rlquant.runs import RunFolder, machine_info, package_versions
 from rlquant.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
-    from rlquant.control.tune import Tuned
+    from rlquant.control.goal import Tuned
 
 __all__ = ["TuneOptions", "run_tune"]
 
@@ -43,8 +43,10 @@ class TuneOptions:
 def run_tune(options: TuneOptions) -> int:
     """Tune, write the artifact, tune.json, results.json and report.html; 0 where the goal holds, else 1."""
     from rlquant.control import Settings, load, save_artifact
-    from rlquant.control.evaluate import settings_json, subject
-    from rlquant.control.tune import Goal, tune
+    from rlquant.control.evaluate import subject
+    from rlquant.control.goal import Goal
+    from rlquant.control.settings import settings_json
+    from rlquant.control.tune import tune
     from rlquant.measure import plain, results_document
 
     goal = Goal(

@@ -10,7 +10,7 @@ from rlquant.control.artifact import load_artifact, save_artifact
 from rlquant.control.collect import Inputs, collect
 from rlquant.control.distill import Distillation, distill
 from rlquant.control.environment import EnvSpec, make_env
-from rlquant.control.evaluate import Evaluation, Settings, evaluate
+from rlquant.control.evaluate import Evaluation, evaluate
 from rlquant.control.head import Head
 from rlquant.control.load import from_sb3, load
 from rlquant.control.normaliser import Normaliser
@@ -18,6 +18,7 @@ from rlquant.control.quantize import quantize_agent
 from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool, Rollout, rollout
 from rlquant.control.session import Session
+from rlquant.control.settings import Settings
 
 __all__ = [
     "Agent",

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rlquant.control.agent import Agent
 from rlquant.control.audition import Audition
-from rlquant.control.evaluate import Evaluation, Settings, random_score_of, settings_json
+from rlquant.control.evaluate import Evaluation, random_score_of
+from rlquant.control.goal import Goal, Trial, Tuned
 from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.ladder import ladder
 from rlquant.control.methods import parse_method
@@ -29,101 +30,15 @@ from rlquant.control.quantize import float_twin
 from rlquant.control.quantizer import Pieces, Quantizer
 from rlquant.control.rollout import EnvPool
 from rlquant.control.sensitivity import Sensitivity, sensitivities
-from rlquant.errors import InputError
+from rlquant.control.settings import Settings, settings_json
 from rlquant.quant import MixedScheme, prepare_empty_, weight_bytes
 
-__all__ = ["PROOFS", "Goal", "Trial", "Tuned", "tune"]
+__all__ = ["PROOFS", "tune"]
 
 PROOFS = 4
 
 _SENSITIVITY_EPISODES = 8
 _SPACING = 0.97  # rungs that save less than this share of the bytes are not worth an audition
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for.
-
-    Attributes:
-        retain: share of the reward to keep, above 0 and at most 1.
-        memory: bytes that the weights, scales and biases may take.
-        deadline: seconds that an action may take, in 99 of 100 cases, on this machine.
-    """
-
-    retain: float = 0.98
-    memory: int | None = None
-    deadline: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.retain <= 1:
-            raise InputError(
-                f"--retain is the share of the reward to keep, above 0 and at most 1, not {self.retain}"
-            )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One scheme by one method, auditioned.
-
-    Attributes:
-        scheme, method: names.
-        bytes: of weights, scales and biases.
-        retention: in the audition; NaN where fp32 is no better than random.
-        episodes: of the audition.
-        passed: whether it kept what was asked for.
-        latency: of an action, p99 in seconds; None where no deadline asked for it.
-    """
-
-    scheme: str
-    method: str
-    bytes: int
-    retention: float
-    episodes: int
-    passed: bool
-    latency: float | None = None
-
-
-@dataclass
-class Tuned:
-    """The outcome.
-
-    Attributes:
-        agent: the cheapest that was proved, or the best found.
-        held: whether every part of the goal holds.
-        results: ``settings``, ``reference`` and ``rows`` of the proofs, as in results.json.
-        trials: all auditions.
-        sensitivity: of every tensor.
-        reasons: sentences, in the order of the search.
-    """
-
-    agent: Agent
-    held: bool
-    results: dict[str, Any]
-    trials: list[Trial]
-    sensitivity: list[Sensitivity]
-    reasons: list[str] = field(default_factory=list)
-
-    @property
-    def front(self) -> list[Trial]:
-        """The auditions that no other beats in both bytes and retention, from the cheapest."""
-        ordered = sorted(self.trials, key=lambda trial: (trial.bytes, -trial.retention))
-        best, front = -math.inf, []
-        for trial in ordered:
-            if trial.retention > best:
-                front.append(trial)
-                best = trial.retention
-        return front
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "schema": "rlquant.tune/1",
-            "chosen": {"precision": self.agent.precision, "method": self.agent.method, "held": self.held},
-            "reasons": self.reasons,
-            "front": [asdict(trial) for trial in self.front],
-            "trials": [asdict(trial) for trial in self.trials],
-            "sensitivity": [asdict(each) for each in self.sensitivity],
-        }
 
 
 def tune(
