@@ -116,6 +116,8 @@ class _Compiler:
             elif isinstance(layer, FeatureMap):
                 low, span = (x.double().numpy() for x in (layer.low, layer.inverse_span))
                 value = self._mapped(value).then(span, -low * span)
+            elif isinstance(layer, nn.Hardtanh):
+                value = self._mapped(value).within(layer.min_val, layer.max_val)
             elif name in ACTIVATIONS:
                 value = self._activated(value, _plain(layer))
             else:
