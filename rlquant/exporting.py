@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlquant.errors import InputError, unknown_name
-from rlquant.runs import write_atomic
+from rlquant.errors import unknown_name
 
 __all__ = ["TARGETS", "run_export"]
 
@@ -25,17 +24,11 @@ def run_export(
         raise unknown_name("export target", target, TARGETS)
     agent = load(source, env=env, normaliser=normaliser, trust=trust)
     program = compile_agent(agent)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the output folder {out} cannot be created: {error.strerror}") from None
     if target == "c":
-        from rlquant.deploy.export_c import c_files
+        from rlquant.deploy.export_c import export_c
 
-        files = c_files(program)
-        for name, text in files.items():
-            write_atomic(out / name, text)
-        written = f"{', '.join(files)}; check with: cc -std=c99 -O2 policy.c main.c -lm && ./a.out"
+        names = ", ".join(path.name for path in export_c(program, out))
+        written = f"{names}; check with: cc -std=c99 -O2 policy.c main.c -lm && ./a.out"
     elif target == "onnx":
         from rlquant.deploy.onnx_runtime import export_onnx
 

@@ -12,13 +12,14 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rlquant.errors import InputError
 
-__all__ = ["RunFolder", "machine_info", "package_versions", "write_atomic"]
+__all__ = ["RunFolder", "machine_info", "package_versions", "write_atomic", "write_files"]
 
 _PACKAGES = ("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D")
 
@@ -40,6 +41,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_files(folder: str | Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files into a folder, made if missing, in their order, each as :func:`write_atomic` does.
+
+    Raises:
+        InputError: the folder cannot be created or written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the output folder {folder} cannot be created: {error.strerror}") from None
+    for name, content in files.items():
+        write_atomic(path / name, content)
 
 
 class RunFolder:

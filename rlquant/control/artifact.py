@@ -23,7 +23,7 @@ from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.observation import ObservationPart
 from rlquant.errors import InputError
 from rlquant.quant import MixedScheme, prepare_empty_
-from rlquant.runs import write_atomic
+from rlquant.runs import write_files
 
 __all__ = ["SCHEMA", "agent_from_files", "artifact_files", "load_artifact", "save_artifact"]
 
@@ -65,14 +65,8 @@ def save_artifact(agent: Agent, folder: str | Path) -> int:
     Raises:
         InputError: the folder cannot be written to, or the network cannot be told in JSON.
     """
-    path = Path(folder)
     files = artifact_files(agent)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the output folder {folder} cannot be created: {error.strerror}") from None
-    for name, content in files.items():
-        write_atomic(path / name, content)
+    write_files(folder, files)
     return sum(map(len, files.values()))
 
 

@@ -20,6 +20,7 @@ from rlquant.deploy.c_plain import PlainProducts, patch_sizes
 from rlquant.deploy.c_source import CSource, generate
 from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import Program
+from rlquant.runs import write_files
 
 __all__ = ["TESTS", "c_files", "export_c", "test_observations"]
 
@@ -32,12 +33,9 @@ _FLOAT_TOLERANCE = 1e-4  # programs of floats agree up to the order of summation
 
 def export_c(program: Program, folder: Path) -> list[Path]:
     """Writes ``policy.c``, ``policy.h``, ``policy_test.h`` and ``main.c`` and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, text in c_files(program).items():
-        paths.append(folder / name)
-        paths[-1].write_text(text, encoding="utf-8")
-    return paths
+    files = c_files(program)
+    write_files(folder, files)
+    return [folder / name for name in files]
 
 
 def c_files(program: Program) -> dict[str, str]:

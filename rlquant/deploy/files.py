@@ -21,7 +21,7 @@ from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import Activate, Affine, Buffer, Conv2d, Linear, Op, Program, Table, Weight
 from rlquant.deploy.validate import check_parts
 from rlquant.errors import InputError
-from rlquant.runs import write_atomic
+from rlquant.runs import write_files
 
 __all__ = [
     "PROGRAM_FILES",
@@ -50,13 +50,8 @@ _NAMES = {cls: name for name, cls in _OPS.items()}
 
 def save_program(program: Program, folder: str | Path) -> int:
     """Write a program and return its bytes. Raises InputError where the folder cannot be written to."""
-    path, files = Path(folder), program_files(program)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the output folder {folder} cannot be created: {error.strerror}") from None
-    for name, content in files.items():
-        write_atomic(path / name, content)
+    files = program_files(program)
+    write_files(folder, files)
     return sum(map(len, files.values()))
 
 

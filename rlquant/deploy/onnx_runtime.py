@@ -17,7 +17,7 @@ from rlquant.deploy.onnx_graph import ACTION, OUTPUTS, build_model, input_names
 from rlquant.deploy.program import Program
 from rlquant.deploy.runtime import Observation, checked
 from rlquant.errors import missing_package
-from rlquant.runs import write_atomic
+from rlquant.runs import write_files
 
 __all__ = ["OnnxRuntime", "export_onnx"]
 
@@ -35,7 +35,7 @@ def export_onnx(
 
     Args:
         program: what to write.
-        path: of the file.
+        path: of the file; its folder is made if missing.
         masked: whether actions can be forbidden by an input ``masks``.
         metadata: texts for the model's metadata, such as the environment and the precision.
 
@@ -43,7 +43,7 @@ def export_onnx(
         InputError: onnx is not installed, ONNX lacks an operation, or the file cannot be written.
     """
     content = _serialized(build_model(program, masked=masked, metadata=metadata))
-    write_atomic(Path(path), content)
+    write_files(Path(path).parent, {Path(path).name: content})
     return len(content)
 
 
