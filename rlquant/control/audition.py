@@ -14,7 +14,7 @@ import numpy as np
 from rlquant.control.agent import Agent
 from rlquant.control.collect import CALIBRATION_SEED
 from rlquant.control.distill import SELECTION_SEED
-from rlquant.control.quantizer import Pieces
+from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.rollout import EnvPool, rollout
 from rlquant.measure import compare
 
@@ -49,15 +49,15 @@ class Audition:
         pool: its environments.
         random_score: mean return of random actions.
         seed: of the evaluation that will follow.
-        pieces: keeps what was played; None keeps nothing.
+        pieces: keeps what was played; by default in memory.
     """
 
     def __init__(
         self, agent: Agent, pool: EnvPool, *, random_score: float, seed: int, pieces: Pieces | None = None
     ) -> None:
-        self.agent, self.pool, self.random_score, self.pieces = agent, pool, random_score, pieces
+        self.agent, self.pool, self.random_score = agent, pool, random_score
+        self.pieces = pieces or Memory()
         self.seed = seed + AUDITION_SEED
-        self._memory: dict[str, list[float]] = {}
 
     def hear(self, candidate: Agent, *, retain: float, stages: tuple[int, ...] = (16, 64)) -> Heard:
         """Audition a candidate.
@@ -83,12 +83,9 @@ class Audition:
         return Heard(found.value, episodes, passed)
 
     def _returns(self, agent: Agent, name: str, episodes: int) -> np.ndarray:
-        kept = self.pieces.piece(name) if self.pieces is not None else None
-        returns: list[float] = kept["returns"] if kept is not None else self._memory.get(name, [])
+        returns: list[float] = (self.pieces.piece(name) or {"returns": []})["returns"]
         if len(returns) < episodes:
             more = rollout(agent, range(len(returns), episodes), seed=self.seed, pool=self.pool)
             returns = [*returns, *more.returns.tolist()]
-            self._memory[name] = returns
-            if self.pieces is not None:
-                self.pieces.save_piece(name, {"returns": returns})
+            self.pieces.save_piece(name, {"returns": returns})
         return np.asarray(returns[:episodes])

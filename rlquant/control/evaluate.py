@@ -16,8 +16,9 @@ from rlquant import catalog
 from rlquant.control.agent import Agent
 from rlquant.control.environment import EnvSpec, random_scores
 from rlquant.control.methods import AUTO, parse_method
+from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.profile import Profiler
-from rlquant.control.quantizer import Pieces, Quantizer
+from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool, rollout
 from rlquant.control.settings import LOOKS, Settings
 from rlquant.errors import InputError
@@ -83,7 +84,7 @@ class Evaluation:
         self.agent = agent
         self.artifact = artifact
         self.settings = settings
-        self.pieces = pieces
+        self.pieces = pieces or Memory()
         self.workers, self.batch = workers, batch
         self.progress = progress or (lambda _name, _done, _wanted: None)
         self.chosen_rows = rows
@@ -94,7 +95,7 @@ class Evaluation:
             seed=settings.seed,
             calibration_episodes=settings.calibration_episodes,
             closed_loop=settings.closed_loop,
-            pieces=pieces,
+            pieces=self.pieces,
         )
         self.pool = self.quantizer.pool
 
@@ -125,7 +126,7 @@ class Evaluation:
             scheme = MixedScheme.parse(self.artifact.precision)
             rows.append(_Row(scheme, self.artifact.method, self.artifact, artifact=True))
         for row in rows:
-            kept = self._kept(row.name)
+            kept = self.pieces.piece(row.name)
             if kept is not None:
                 row.returns, row.profile = kept["returns"], kept["profile"]
         return rows
@@ -234,27 +235,19 @@ class Evaluation:
             shifts=tuple(profile.get("shifts", ())),
         )
 
-    def _kept(self, name: str) -> dict[str, Any] | None:
-        return self.pieces.piece(name) if self.pieces is not None else None
-
-    def _keep(self, name: str, content: dict[str, Any]) -> None:
-        if self.pieces is not None:
-            self.pieces.save_piece(name, content)
-
     def _keep_row(self, row: _Row) -> None:
-        self._keep(row.name, {"returns": row.returns, "profile": row.profile})
+        self.pieces.save_piece(row.name, {"returns": row.returns, "profile": row.profile})
 
 
-def random_score_of(env: EnvSpec, *, seed: int, pieces: Pieces | None = None) -> float:
-    """Mean return of random actions: what the environment's card says, or measured."""
+def random_score_of(env: EnvSpec, *, seed: int, pieces: Pieces) -> float:
+    """Mean return of random actions: what the environment's card says, or measured once."""
     card = catalog.env_card(env.id) or {}
     if card.get("random_score") and card["make"]["kwargs"] == env.kwargs:
         return float(card["random_score"]["mean"])
-    kept = pieces.piece("random") if pieces is not None else None
+    kept = pieces.piece("random")
     if kept is None:
         kept = {"mean": float(random_scores(env, _RANDOM_EPISODES, seed).mean())}
-        if pieces is not None:
-            pieces.save_piece("random", kept)
+        pieces.save_piece("random", kept)
     return float(kept["mean"])
 
 

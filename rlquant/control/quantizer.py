@@ -7,7 +7,6 @@ run's pieces and an interrupted run does not train it again.
 from __future__ import annotations
 
 import base64
-from typing import Any, Protocol
 
 from rlquant.control.agent import Agent
 from rlquant.control.artifact import agent_from_files, artifact_files
@@ -16,22 +15,13 @@ from rlquant.control.closed_loop import ClosedLoop, quantize_in_closed_loop
 from rlquant.control.collect import CALIBRATION_SEED, Inputs, collect
 from rlquant.control.distill import TRAINED, distill
 from rlquant.control.methods import AUTO, parse_method
+from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.quantize import quantize_agent
 from rlquant.control.rollout import EnvPool
 from rlquant.errors import InputError
 from rlquant.quant import MixedScheme
 
-__all__ = ["Pieces", "Quantizer"]
-
-
-class Pieces(Protocol):
-    """Where finished pieces are kept; :class:`rlquant.runs.RunFolder` is one."""
-
-    def piece(self, name: str) -> dict[str, Any] | None:
-        """A piece kept earlier, or None."""
-
-    def save_piece(self, name: str, content: dict[str, Any]) -> None:
-        """Keep a piece of plain JSON."""
+__all__ = ["Quantizer"]
 
 
 class Quantizer:
@@ -43,7 +33,7 @@ class Quantizer:
         seed: of the evaluation that will follow; calibration and training stay away from its episodes.
         calibration_episodes: on-policy episodes of the agent.
         closed_loop: rounds in which the quantized agent plays and is calibrated again; 0 for none.
-        pieces: keeps trained students; None keeps nothing.
+        pieces: keeps trained students and chosen methods; by default in memory.
 
     Attributes:
         loops: what closed-loop calibration found, by the quantized agent's (scheme, method) names.
@@ -59,7 +49,8 @@ class Quantizer:
         closed_loop: int = 0,
         pieces: Pieces | None = None,
     ) -> None:
-        self.agent, self.pool, self.seed, self.pieces = agent, pool, seed, pieces
+        self.agent, self.pool, self.seed = agent, pool, seed
+        self.pieces = pieces or Memory()
         self.calibration_episodes, self.closed_loop = calibration_episodes, closed_loop
         self.loops: dict[tuple[str, str], ClosedLoop] = {}
         self._inputs: Inputs | None = None
@@ -116,7 +107,7 @@ class Quantizer:
 
     def _chosen(self, scheme: MixedScheme) -> str:
         name = f"choice-{scheme.name}"
-        kept = self.pieces.piece(name) if self.pieces is not None else None
+        kept = self.pieces.piece(name)
         if kept is None:
             chosen = choose_method(
                 self.agent,
@@ -127,13 +118,12 @@ class Quantizer:
                 pool=self.pool,
             )
             kept = {"method": chosen}
-            if self.pieces is not None:
-                self.pieces.save_piece(name, kept)
+            self.pieces.save_piece(name, kept)
         return str(kept["method"])
 
     def _student(self, scheme: MixedScheme, method: str) -> Agent:
         name = f"student-{scheme.name}-{method}"
-        kept = self.pieces.piece(name) if self.pieces is not None else None
+        kept = self.pieces.piece(name)
         if kept is not None:
             files = {file: base64.b64decode(content) for file, content in kept.items()}
             actor = agent_from_files(files, self.agent.source).actor
@@ -143,8 +133,6 @@ class Quantizer:
         return student
 
     def _keep(self, name: str, student: Agent) -> None:
-        if self.pieces is None:
-            return
         try:
             files = artifact_files(student)
         except InputError:  # a custom module, which no artifact can tell: it would be trained again

@@ -25,9 +25,10 @@ from rlquant.control.goal import Goal, Trial, Tuned
 from rlquant.control.input_bits import apply_scheme_
 from rlquant.control.ladder import ladder
 from rlquant.control.methods import parse_method
+from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.profile import Profiler
 from rlquant.control.quantize import float_twin
-from rlquant.control.quantizer import Pieces, Quantizer
+from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool
 from rlquant.control.sensitivity import Sensitivity, sensitivities
 from rlquant.control.settings import Settings, settings_json
@@ -57,7 +58,7 @@ def tune(
         goal: what has to hold.
         settings: episodes, seed and confidence of the proofs; its precisions, methods and margin do not matter.
         methods: that may be used; ``distill`` takes minutes for each rung that it tries.
-        pieces: keeps finished pieces for a resumed run.
+        pieces: keeps finished pieces for a resumed run; by default in memory.
         progress: called with a sentence at each step.
 
     Raises:
@@ -67,7 +68,7 @@ def tune(
         parse_method(method)
     pool = EnvPool(agent.env)
     try:
-        return _Search(agent, goal, settings, pool, tuple(methods), pieces, progress).run()
+        return _Search(agent, goal, settings, pool, tuple(methods), pieces or Memory(), progress).run()
     finally:
         pool.close()
 
@@ -82,7 +83,7 @@ class _Search:
         settings: Settings,
         pool: EnvPool,
         methods: tuple[str, ...],
-        pieces: Pieces | None,
+        pieces: Pieces,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.agent, self.goal, self.methods, self.pieces = agent, goal, methods, pieces
@@ -117,7 +118,7 @@ class _Search:
         return Tuned(agent, held, results, list(self.trials.values()), sensitivity, self.reasons)
 
     def _sensitivity(self) -> list[Sensitivity]:
-        kept = self.pieces.piece("sensitivity") if self.pieces is not None else None
+        kept = self.pieces.piece("sensitivity")
         if kept is not None:
             return [Sensitivity(**each) for each in kept["tensors"]]
         self.progress("measuring the sensitivity of each tensor")
@@ -129,8 +130,7 @@ class _Search:
                 ).retention
             ),
         )
-        if self.pieces is not None:
-            self.pieces.save_piece("sensitivity", {"tensors": [asdict(each) for each in found]})
+        self.pieces.save_piece("sensitivity", {"tensors": [asdict(each) for each in found]})
         return found
 
     def _affordable(self, rungs: list[MixedScheme]) -> list[MixedScheme]:

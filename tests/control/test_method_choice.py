@@ -16,6 +16,7 @@ from rlquant.control import distill as distill_agent
 from rlquant.control.closed_loop import quantize_in_closed_loop
 from rlquant.control.distill import TRAINED, Distillation
 from rlquant.control.methods import parse_method
+from rlquant.control.pieces import Memory
 from rlquant.errors import InputError
 from rlquant.measure import validate_results
 from rlquant.quant import MixedScheme, QuantizedLayer, Scheme
@@ -24,22 +25,9 @@ Run = Callable[..., Any]
 TINY = Distillation(rounds=1, steps=5, rollout_steps=100, selection_episodes=1)
 
 
-class Shelf:
-    """Pieces in memory."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, str] = {}
-
-    def piece(self, name: str) -> dict[str, Any] | None:
-        return json.loads(self.kept[name]) if name in self.kept else None
-
-    def save_piece(self, name: str, content: dict[str, Any]) -> None:
-        self.kept[name] = json.dumps(content)
-
-
 def test_a_student_is_trained_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRAINED, "qat", TINY)
-    agent, shelf, scheme = load("ppo-cartpole"), Shelf(), MixedScheme.parse("w4a8")
+    agent, shelf, scheme = load("ppo-cartpole"), Memory(), MixedScheme.parse("w4a8")
     trained = Quantizer(agent, EnvPool(agent.env), pieces=shelf).quantize(scheme, "qat")
     monkeypatch.setattr("rlquant.control.quantizer.distill", None)  # a second training would fail
     kept = Quantizer(agent, EnvPool(agent.env), pieces=shelf).quantize(scheme, "qat")
