@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from random_programs import programs
+from shipped import compiled
 
-from rlquant.control import collect, load, quantize_agent
-from rlquant.control.compile import compile_agent
 from rlquant.deploy.export_c import TESTS, export_c, test_observations
 from rlquant.deploy.program import Program
 
@@ -27,14 +25,6 @@ BOARDS = {
     "cortex-m7": ("-mcpu=cortex-m7", "-mfpu=fpv5-d16", "-mfloat-abi=hard"),
 }
 test_observations.__test__ = False  # type: ignore[attr-defined]
-
-
-@cache
-def compiled(name: str, scheme: str) -> Program:
-    agent = load(name)
-    if scheme == "fp32":
-        return compile_agent(agent)
-    return compile_agent(quantize_agent(agent, scheme, inputs=collect(agent, 1, seed=5, limit=500)))
 
 
 @pytest.fixture(scope="module", params=AGENTS, ids="-".join)

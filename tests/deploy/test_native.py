@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from random_programs import observations, programs
+from shipped import compiled
 
 from rlquant.control import collect, load, quantize_agent
 from rlquant.control.compile import compile_agent
@@ -34,14 +34,6 @@ INSTRUCTION_SETS = {"avx512bw": ("-mavx512bw",), "avx2": ("-mavx2", "-mfma"), "b
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("libraries")
-
-
-@cache
-def compiled(name: str, scheme: str) -> Program:
-    agent = load(name)
-    if scheme == "fp32":
-        return compile_agent(agent)
-    return compile_agent(quantize_agent(agent, scheme, inputs=collect(agent, 1, seed=5, limit=500)))
 
 
 def shown(x: dict[str, np.ndarray]) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_programs import observations, programs
+from shipped import SHIPPED
 
 from rlquant.control import Agent, collect, load, quantize_agent
 from rlquant.control.compile import compile_agent
@@ -28,15 +29,6 @@ onnx = pytest.importorskip("onnx")
 onnx_reference = pytest.importorskip("onnx.reference")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-SHIPPED = (
-    "dqn-cartpole",
-    "ppo-cartpole",
-    "ppo-lunarlander",
-    "sac-pendulum",
-    "sac-halfcheetah",
-    "tqc-hopper",
-    "cnn-catch",
-)
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of onnx.reference, on extremes
 hypothesis_settings = settings(

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_programs import observations, programs
+from shipped import SHIPPED
 
 from rlquant.control import Agent, Session, collect, load, make_env, quantize_agent
 from rlquant.control.compile import compile_agent
@@ -26,15 +27,6 @@ from rlquant.deploy.program import Activate, Affine, Buffer, Conv2d, Linear, Pro
 from rlquant.errors import InputError
 from rlquant.quant.activations import StaticQuantizer
 
-SHIPPED = (
-    "dqn-cartpole",
-    "ppo-cartpole",
-    "ppo-lunarlander",
-    "sac-pendulum",
-    "sac-halfcheetah",
-    "tqc-hopper",
-    "cnn-catch",
-)
 ZOO = os.environ.get("RLQUANT_TEST_ZOO")
 OTHERS = sorted(str(path) for path in Path(ZOO).glob("*/*_1")) if ZOO else []
 STEPS = 400

@@ -10,6 +10,7 @@ import torch
 from calibration_data import correlated, linear, loss_of, output_loss, row_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import obq
 from torch import nn
 
 from rlquant.errors import InputError
@@ -17,22 +18,6 @@ from rlquant.quant import CalibrationWarning, InputMoments, QParams, Scheme, get
 from rlquant.quant.compensate import Factor, round_with_compensation
 from rlquant.quant.gptq import gptq
 from rlquant.quant.tensor import spread_qparams
-
-
-def obq(
-    weight: np.ndarray, hessian: np.ndarray, order: list[int], scale: np.ndarray, limit: int
-) -> np.ndarray:
-    """The codes of one row by the OBQ update (equation 2), the inverse computed anew each step."""
-    weight, left = weight.copy(), list(order)
-    codes = np.zeros(len(weight))
-    for q in order:
-        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
-        codes[q] = np.clip(np.round(weight[q] / scale[q]), -limit, limit)
-        error = weight[q] - codes[q] * scale[q]
-        at = left.index(q)
-        weight[left] -= error / inverse[at, at] * inverse[at]
-        left.remove(q)
-    return codes
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int3-g8", "int2-g5", "int4-tensor"])
