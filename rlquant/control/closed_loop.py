@@ -81,6 +81,7 @@ def quantize_in_closed_loop(
     episodes: int = 8,
     seed: int = 0,
     pool: EnvPool | None = None,
+    inputs: Inputs | None = None,
 ) -> ClosedLoop:
     """Quantize, play, and quantize again with what the quantized agent met.
 
@@ -92,6 +93,7 @@ def quantize_in_closed_loop(
         episodes: of the fp32 agent, and of each round. All have seeds that never score a policy.
         seed: of the whole.
         pool: environments to reuse.
+        inputs: of the fp32 agent's ``episodes`` under ``seed``, where they have been collected already.
 
     Raises:
         InputError: fewer than one round or episode, or as ``quantize_agent``.
@@ -103,7 +105,7 @@ def quantize_in_closed_loop(
     own = pool or EnvPool(agent.env)
     first = seed + CALIBRATION_SEED
     try:
-        inputs = collect(agent, episodes, seed=first, pool=own)
+        inputs = inputs or collect(agent, episodes, seed=first, pool=own)
         quantized = quantize_agent(agent, scheme, method=method, inputs=inputs)
         shifts = []
         for number in range(1, rounds + 1):

@@ -87,6 +87,7 @@ class Quantizer:
             episodes=self.calibration_episodes,
             seed=self.seed,
             pool=self.pool,
+            inputs=self.inputs(),
         )
         self.loops[scheme.name, method] = found
         return found.agent
