@@ -276,7 +276,7 @@ def _plain(layer: nn.Module) -> str:
     name, ours = type(layer).__name__, vars(layer)
     if any(
         vars(type(layer)()).get(key) != ours[key]
-        for key in ("alpha", "negative_slope", "beta", "min_val", "max_val")
+        for key in ("alpha", "negative_slope", "beta")
         if key in ours
     ):
         raise InputError(f"{layer} has other than torch's default parameters: the runtime torch can run it")

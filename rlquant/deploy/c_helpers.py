@@ -79,7 +79,6 @@ static float tanh32(float x)
     "softsign": "\nstatic float softsign(float x) { return x / (1.0f + fabsf(x)); }",
     "hardswish": "\nstatic float hardswish(float x) { return x * clampf(x + 3.0f, 0.0f, 6.0f) / 6.0f; }",
     "relu6": "\nstatic float relu6(float x) { return clampf(x, 0.0f, 6.0f); }",
-    "hardtanh": "\nstatic float hardtanh(float x) { return clampf(x, -1.0f, 1.0f); }",
 }
 
 for _bits in (2, 3, 4, 5, 6, 7, *range(9, 17)):
@@ -96,7 +95,7 @@ static int32_t code{_bits}(const uint8_t *w, uint32_t index)
 C_NAMES = {
     "ReLU": "relu", "Tanh": "tanh32", "Sigmoid": "sigmoid", "ELU": "elu", "LeakyReLU": "leaky_relu",
     "SiLU": "silu", "GELU": "gelu", "SELU": "selu", "Softplus": "softplus", "Mish": "mish",
-    "Softsign": "softsign", "Hardswish": "hardswish", "ReLU6": "relu6", "Hardtanh": "hardtanh",
+    "Softsign": "softsign", "Hardswish": "hardswish", "ReLU6": "relu6",
 }  # fmt: skip
 """From torch's names of activations to those of their functions here."""
 

@@ -38,6 +38,5 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "Softsign": lambda x: x / (1.0 + np.abs(x)),
     "Hardswish": lambda x: x * np.clip(x + 3.0, 0.0, 6.0) / 6.0,
     "ReLU6": lambda x: np.clip(x, 0.0, 6.0),
-    "Hardtanh": lambda x: np.clip(x, -1.0, 1.0),
 }
 """From an array to one of its shape, computed in its dtype or in float64."""

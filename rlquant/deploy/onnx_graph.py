@@ -149,9 +149,8 @@ def _activate(graph: Graph, kind: str, x: str, *, exact: bool) -> str:
         return _tanh(graph, x) if exact else graph.node("Tanh", x)
     if kind == "SiLU":
         return graph.node("Mul", x, graph.node("Sigmoid", x))
-    if kind in ("ReLU6", "Hardtanh"):
-        low, high = (0.0, 6.0) if kind == "ReLU6" else (-1.0, 1.0)
-        return _clamp(graph, x, np.float32(low), np.float32(high))
+    if kind == "ReLU6":
+        return _clamp(graph, x, np.float32(0), np.float32(6))
     if kind not in _ONNX_ACTIVATIONS:
         raise InputError(
             f"the activation {kind} has no ONNX form; the runtimes reference and torch can run it"
