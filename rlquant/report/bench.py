@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlquant.report.plain import note_simulated, plain_table
 from rlquant.report.wording import UNDEFINED, number_text, percent_text
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ def bench_table(timings: Sequence[Any]) -> Table:
     Args:
         timings: of :func:`rlquant.control.contest.contest`.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table = plain_table()
     for header in ("precision", "runtime"):
         table.add_column(header, overflow="fold", min_width=9)
     for header in ("p50 us", "p99", "p99.9", "cold", "late", "faster"):
@@ -35,6 +33,5 @@ def bench_table(timings: Sequence[Any]) -> Table:
             each.precision, each.runtime, *numbers, number_text(each.cold_us), late, f"{each.speedup:.1f}x"
         )
     if any(each.latency.simulated for each in timings):
-        table.caption = "~ simulated: not computed with the packed low-bit weights"
-        table.caption_justify = "left"
+        note_simulated(table)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlquant.report.plain import note_simulated, plain_table
 from rlquant.report.wording import (
     UNDEFINED,
     bytes_text,
@@ -41,15 +42,12 @@ def terminal_table(document: dict[str, Any], width: int = 80) -> Table:
 
 
 def _table(document: dict[str, Any], wide: bool) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     rows = document["rows"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table = plain_table()
     if any((row["latency_us"] or {}).get("simulated") for row in rows):
-        table.caption = "~ simulated: not computed with the packed low-bit weights"
-        table.caption_justify = "left"
+        note_simulated(table)
     for header, flexible in _columns(words(document).score, wide):
         justify: Literal["left", "right"] = "left" if flexible else "right"
         table.add_column(header, justify=justify, no_wrap=not flexible, overflow="fold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlquant.report.plain import plain_table
 from rlquant.report.wording import UNDEFINED, bytes_text, percent_text
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ def front_table(trials: Sequence[dict[str, Any]]) -> Table:
 
 
 def _table(title: str, names: list[str], numbers: list[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, title=title)
-    table.title_justify = "left"
+    table = plain_table(title)
     for name in names:
         table.add_column(name, overflow="fold")
     for name in numbers:
