@@ -13,7 +13,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +143,8 @@ def machine_info(device: str = "cpu") -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that determine the results; those that are not installed are left out."""
+    from importlib import metadata  # slow to import, and a loaded policy waits for this module
+
     versions = {}
     for package in _PACKAGES:
         try:

@@ -10,10 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
-import tempfile
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 from rlquant.errors import InputError
@@ -70,10 +67,13 @@ def shared_library(source: str, folder: Path | None = None, flags: tuple[str, ..
 
 def kernel_text(name: str) -> str:
     """A C file that comes with the library."""
-    return (files("rlquant.deploy") / "kernels" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "kernels" / name).read_text(encoding="utf-8")
 
 
 def _build(compiler: str, source: str, flags: tuple[str, ...], path: Path) -> None:
+    import subprocess  # both take longer to import than a library in the cache to load
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
@@ -100,4 +100,4 @@ def _processor() -> str:
         lines = []
     names = ("model name", "flags", "Features", "CPU part")
     facts = {line for line in lines if line.startswith(names)}
-    return " ".join([platform.machine(), platform.processor(), *sorted(facts)])
+    return " ".join([platform.machine(), *sorted(facts)])

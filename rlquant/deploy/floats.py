@@ -1,4 +1,7 @@
-"""Activations on floats, by the names of their torch modules."""
+"""Activations on floats, by the names of their torch modules.
+
+SciPy is imported where it is first needed: a policy that is only run seldom needs it, and waits for no import.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erf, expit
 
 __all__ = ["ACTIVATIONS"]
 
 Array = NDArray[Any]
+
+
+def _expit(x: Array) -> Array:
+    from scipy.special import expit
+
+    logistic: Array = expit(x)
+    return logistic
+
+
+def _gelu(x: Array) -> Array:
+    from scipy.special import erf
+
+    return 0.5 * x * (1.0 + erf(x / np.sqrt(2.0)))
 
 
 def _softplus(x: Array) -> Array:
@@ -25,11 +40,11 @@ def _elu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "ReLU": lambda x: np.maximum(x, 0.0),
     "Tanh": np.tanh,
-    "Sigmoid": expit,
+    "Sigmoid": _expit,
     "ELU": _elu,
     "LeakyReLU": lambda x: np.where(x > 0, x, 0.01 * x),
-    "SiLU": lambda x: x * expit(x),
-    "GELU": lambda x: 0.5 * x * (1.0 + erf(x / np.sqrt(2.0))),
+    "SiLU": lambda x: x * _expit(x),
+    "GELU": _gelu,
     "SELU": lambda x: (
         1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(np.minimum(x, 0.0)))
     ),
