@@ -8,13 +8,25 @@ adjacent ``pyproject.toml`` says ``name = "rlquant"``, so that a stranger's ``ag
 from __future__ import annotations
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["agent_card", "agent_folder", "agents", "data_root", "env_card", "envs", "recipes", "register_env"]
+__all__ = [
+    "agent_card",
+    "agent_folder",
+    "agents",
+    "data_root",
+    "env_card",
+    "env_module",
+    "envs",
+    "recipes",
+    "register_env",
+]
 
 
 @cache
@@ -66,21 +78,25 @@ def recipes() -> list[str]:
 
 
 @cache
-def register_env(env_id: str) -> None:
-    """Register a custom environment of ours with gymnasium, by running its single file; others need nothing."""
-    card = env_card(env_id)
-    if card is None or not card.get("module"):
-        return
-    path = data_root() / "envs" / card["module"]
+def env_module(name: str) -> ModuleType:
+    """What executing the single file ``envs/<name>`` defines."""
+    path = data_root() / "envs" / name
     spec = importlib.util.spec_from_file_location(f"rlquant_envs_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"the environment file {path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     # gymnasium names the class by its module, and worker processes and wrappers look it up there.
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def register_env(env_id: str) -> None:
+    """Register a custom environment of ours with gymnasium, by running its single file; others need nothing."""
+    card = env_card(env_id)
+    if card is not None and card.get("module"):
+        env_module(card["module"])
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

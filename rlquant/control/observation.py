@@ -91,14 +91,22 @@ class FrameStack:
         dtype = np.float32 if part.normaliser is not None else np.dtype(part.space.dtype)
         self._frames = np.zeros(shape, dtype)
 
-    def push(self, observations: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Add ``[rows, *shape]``; where ``starts`` (bool ``[rows]``), forget what was before. The stack."""
+    def push(
+        self, observations: np.ndarray, starts: np.ndarray, live: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Add ``[rows, *shape]``; where ``starts`` (bool ``[rows]``), forget what was before. The stack.
+
+        Rows that are not ``live`` (bool ``[rows]``; None for all) stay as they are.
+        """
         axis = self.part.stack_axis
-        self._frames = np.roll(self._frames, -self._width, axis=axis)
-        self._frames[starts] = 0
-        newest = [slice(None)] * self._frames.ndim
+        frames = np.roll(self._frames, -self._width, axis=axis)
+        frames[starts] = 0
+        newest = [slice(None)] * frames.ndim
         newest[axis] = slice(-self._width, None)
-        self._frames[tuple(newest)] = observations
+        frames[tuple(newest)] = observations
+        if live is not None:
+            frames[~live] = self._frames[~live]
+        self._frames = frames
         return self._frames
 
 

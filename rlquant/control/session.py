@@ -74,7 +74,8 @@ class Session:
         Args:
             observations: ``[rows, *shape]``, as the environments show them (a dict of them by key).
             starts: bool ``[rows]``: the episode begins with this observation; its memory is cleared.
-            live: bool ``[rows]``: rows whose action matters; None for all. Tiles without any are skipped.
+            live: bool ``[rows]``: rows that act; None for all. The memory of the others stays as it is, and tiles
+                without any are skipped.
             masks: bool ``[rows, choices]``; False forbids a choice.
 
         Returns:
@@ -83,21 +84,21 @@ class Session:
         Raises:
             InputError: an observation is NaN.
         """
-        self._prepare(observations, starts)
+        self._prepare(observations, starts, live)
         for index, first in enumerate(range(0, len(self.outputs), self.tile)):
             rows = slice(first, min(first + self.tile, self.rows))
             if live is None or live[rows].any():
                 self._forward(index, rows, starts, live)
         return self.agent.head(self.outputs[: self.rows], masks)
 
-    def _prepare(self, observations: Observations, starts: np.ndarray) -> None:
+    def _prepare(self, observations: Observations, starts: np.ndarray, live: np.ndarray | None) -> None:
         for key, part in self.agent.parts.items():
             raw = observations[key] if isinstance(observations, dict) else observations
             if raw.dtype.kind == "f" and np.isnan(raw).any():
                 raise InputError(f"an observation of {self.agent.env.id} holds NaN; no action was taken")
             normal = raw if part.normaliser is None else part.normaliser(raw)
             if key in self._frames:
-                normal = self._frames[key].push(normal, starts)
+                normal = self._frames[key].push(normal, starts, live)
             self._inputs[key][: self.rows] = torch.from_numpy(part.to_network(normal))
 
     def _forward(self, index: int, rows: slice, starts: np.ndarray, live: np.ndarray | None) -> None:
@@ -111,7 +112,8 @@ class Session:
             keep = np.flatnonzero(alive)
             self.recorder({key: x[keep] for key, x in inputs.items()}, _rows(state, keep), keep + rows.start)
         with torch.no_grad():
-            outputs, self._states[index] = self.actor(inputs, state)
+            outputs, after = self.actor(inputs, state)
+        self._states[index] = after if live is None else _restored(after, state, np.flatnonzero(~live[rows]))
         self.outputs[tile] = outputs.cpu().numpy()
 
 
@@ -135,6 +137,17 @@ def _cleared(state: Any, rows: np.ndarray) -> Any:
         return tensor
 
     return _each(state, clear)
+
+
+def _restored(state: Any, before: Any, rows: np.ndarray) -> Any:
+    """The recurrent state with that of ``before`` in ``rows``."""
+    if state is None or rows.size == 0:
+        return state
+    if isinstance(state, tuple):
+        return tuple(_restored(part, old, rows) for part, old in zip(state, before, strict=True))
+    state = state.clone()
+    state[:, rows] = before[:, rows]
+    return state
 
 
 def _rows(state: Any, rows: np.ndarray) -> Any:
