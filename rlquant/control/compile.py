@@ -18,10 +18,22 @@ from rlquant.control.actor import FeatureMap
 from rlquant.control.agent import Agent
 from rlquant.control.head import Head
 from rlquant.control.observation import ObservationPart
-from rlquant.control.products import Grid, product_of
+from rlquant.control.products import Grid, product_of, recurrent_product
 from rlquant.deploy.floats import ACTIVATIONS
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import TABLE_BITS, Activate, Affine, Buffer, Linear, Op, Program, Table
+from rlquant.deploy.program import (
+    CELL_KINDS,
+    TABLE_BITS,
+    Activate,
+    Affine,
+    Buffer,
+    Gates,
+    Linear,
+    OneHot,
+    Op,
+    Program,
+    Table,
+)
 from rlquant.errors import InputError
 
 __all__ = ["compile_agent"]
@@ -37,8 +49,6 @@ def compile_agent(agent: Agent) -> Program:
     Raises:
         InputError: the network has a layer, or the scheme a feature, that no program can do.
     """
-    if agent.actor.rnn is not None:
-        raise InputError("an LSTM or GRU cannot be compiled into a program yet; the runtime torch can run it")
     return _Compiler(agent).program()
 
 
@@ -94,19 +104,59 @@ class _Compiler:
         inputs = {key: _shown_shape(part) for key, part in agent.parts.items()}
         for shape in inputs.values():
             self._buffer(int(np.prod(shape, dtype=np.int64)))
-        trunk = _layers(agent.actor.trunk)
+        memories = self._memories(agent.actor.rnn)
         encoded = [self._encode(index, key) for index, key in enumerate(agent.actor.keys)]
-        value = encoded[0] if len(encoded) == 1 else self._joined(encoded, _grid_of(trunk[:1]))
-        output = self._place(self._run(trunk, value))
+        value = encoded[0] if len(encoded) == 1 else self._joined(encoded)
+        states = []
+        for layer, memory in enumerate(memories):
+            value = self._step(agent.actor.rnn, layer, value, memory)
+            states.append((memory, value.buffer))
+        output = self._place(self._run(_layers(agent.actor.trunk), value))
         if output != len(self.buffers) - 1:
             output = self._affine(_identity(output, self.buffers[output].size))
         name = f"{agent.precision} {agent.method}".strip()
-        return Program(tuple(self.buffers), inputs, tuple(self.ops), _head(agent.head), name)
+        head = _head(agent.head)
+        return Program(tuple(self.buffers), inputs, tuple(self.ops), head, name, tuple(states))
 
     def _encode(self, index: int, key: str) -> _Value:
         part = self.agent.parts[key]
         self.image = part.network_shape if len(part.network_shape) == 3 else None
-        return self._run(_layers(self.agent.actor.encoder(key)), _observation(part, index))
+        shown = (
+            _observation(part, index) if part.space.kind in ("box", "multibinary") else self._hot(part, index)
+        )
+        return self._run(_layers(self.agent.actor.encoder(key)), shown)
+
+    def _hot(self, part: ObservationPart, index: int) -> int:
+        """Choices as one-hot codes, side by side."""
+        if part.stack > 1:
+            raise InputError(f"stacked {_not_compiled(part)}")
+        sizes = part.space.sizes
+        order = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        value = np.concatenate([np.arange(size, dtype=np.float32) for size in sizes])
+        target = self._buffer(len(order))
+        self.ops.append(OneHot(index, target, order, value))
+        return target
+
+    def _memories(self, rnn: Any) -> list[int]:
+        """A buffer for each recurrent layer: its hidden state, and an LSTM's cell state after it."""
+        if rnn is None:
+            return []
+        return [self._buffer(CELL_KINDS[_cell(rnn)][1] * rnn.hidden_size) for _ in range(rnn.num_layers)]
+
+    def _step(self, rnn: Any, layer: int, value: _Value, memory: int) -> _Mapped:
+        """One layer's step: its hidden state, at the start of what it then remembers."""
+        kind, hidden = _cell(rnn), np.arange(rnn.hidden_size, dtype=np.int32)
+        gates = CELL_KINDS[kind][0] * rnn.hidden_size
+        shares = self._buffer(2 * gates)
+        entering = replace(_identity(memory, rnn.hidden_size), order=hidden)
+        for part, what, given, start in (("ih", "input", value, 0), ("hh", "hidden", entering, gates)):
+            quantizer = getattr(rnn, f"{what}_quant_l{layer}", None)
+            grid = None if quantizer is None else Grid.of(quantizer)
+            product = recurrent_product(rnn, part, layer, self._place(given, grid), grid)
+            self.ops.append(replace(product, target=shares, start=start))
+        after = self._buffer(self.buffers[memory].size)
+        self.ops.append(Gates(shares, after, memory, kind))
+        return replace(_identity(after, rnn.hidden_size), order=hidden)
 
     def _run(self, layers: list[nn.Module], value: _Value) -> _Value:
         for layer in layers:
@@ -136,7 +186,7 @@ class _Compiler:
             return replace(value, activation=kind)
         return self._activate(self._place(value), kind)
 
-    def _joined(self, values: list[_Value], grid: Grid | None) -> _Value:
+    def _joined(self, values: list[_Value]) -> _Value:
         """Several parts side by side in one float buffer."""
         sizes = [self._size(value) for value in values]
         target, start = self._buffer(sum(sizes)), 0
@@ -234,14 +284,8 @@ def _identity(buffer: int, size: int) -> _Mapped:
 
 def _observation(part: ObservationPart, buffer: int) -> _Mapped:
     """The network input of an observation: normalised, clipped, scaled, channels first."""
-    if part.space.kind != "box":
-        raise InputError(
-            f"observations of {part.space.describe()} cannot be compiled into a program; the runtime torch can run it"
-        )
     if part.stack > 1 and part.normaliser is not None:  # frames before an episode are zeros after normalising
-        raise InputError(
-            "stacked frames beside a normaliser cannot be compiled into a program; the runtime torch can run them"
-        )
+        raise InputError(f"normalised and then stacked {_not_compiled(part)}")
     shape = _shown_shape(part)
     value = _identity(buffer, int(np.prod(shape, dtype=np.int64)))
     if part.normaliser is not None:
@@ -253,6 +297,15 @@ def _observation(part: ObservationPart, buffer: int) -> _Mapped:
         arrays = {name: getattr(value, name)[order] for name in ("gain", "offset", "low", "high")}
         value = replace(value, order=order, **arrays)
     return value.then(1.0 / part.scale) if part.scale != 1.0 else value
+
+
+def _not_compiled(part: ObservationPart) -> str:
+    return f"observations of {part.space.describe()} cannot be compiled into a program; the runtime torch can run them"
+
+
+def _cell(rnn: nn.Module) -> str:
+    """Of :data:`CELL_KINDS`."""
+    return "LSTM" if "LSTM" in type(rnn).__name__ else "GRU"
 
 
 def _shown_shape(part: ObservationPart) -> tuple[int, ...]:

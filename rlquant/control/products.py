@@ -15,9 +15,10 @@ from rlquant.errors import InputError
 from rlquant.quant import QuantConv2d, QuantizedWeight, QuantLinear
 from rlquant.quant.activations import DynamicQuantizer, StaticQuantizer
 
-__all__ = ["Grid", "product_of"]
+__all__ = ["Grid", "product_of", "recurrent_product"]
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,8 @@ def product_of(
         raise _cannot(f"a layer of type {type(layer).__name__}")
     if getattr(layer, "outlier_index", None) is not None:
         raise _cannot("an outlier split")
-    weight, scale = _weight(layer, integer=grid is not None)
-    bias = np.zeros(weight.rows) if layer.bias is None else layer.bias.detach().double().numpy()
-    gain, zero = (scale, 0) if grid is None else (scale * grid.scale, grid.zero)
-    group = _group(layer) or weight.columns
-    parts = (source, source, weight, bias.astype(np.float32), gain.astype(np.float32), group, zero)
+    matrix = layer.packed if isinstance(layer, QuantLinear | QuantConv2d) else layer.weight
+    parts = _parts(matrix, layer.bias, source, grid)
     if isinstance(layer, nn.Linear | QuantLinear):
         return Linear(*parts), None
     assert image is not None
@@ -75,31 +73,46 @@ def product_of(
     names = ("kernel", "stride", "padding", "dilation")
     shape = dict(zip(names, geometry, strict=True))
     conv = Conv2d(*parts, image=image, blocks=layer.groups, **shape)  # type: ignore[arg-type]
-    return conv, (weight.rows, *conv.out_size)
+    return conv, (conv.weight.rows, *conv.out_size)
+
+
+def recurrent_product(rnn: Any, part: str, layer: int, source: int, grid: Grid | None) -> Linear:
+    """A product of an LSTM or GRU, of its input (``part`` is ``ih``) or its hidden state (``hh``), as :func:`product_of`."""
+    name = f"{part}_l{layer}"
+    matrix = getattr(rnn, f"packed_{name}", None)
+    bias = getattr(rnn, f"bias_{name}") if rnn.bias else None
+    return Linear(*_parts(getattr(rnn, f"weight_{name}") if matrix is None else matrix, bias, source, grid))
+
+
+def _parts(
+    matrix: QuantizedWeight | torch.Tensor, bias: torch.Tensor | None, source: int, grid: Grid | None
+) -> tuple[int, int, Weight, Floats, Floats, int, int]:
+    """The fields of a :class:`Linear` up to the zero point of its source."""
+    weight, scale, group = _weight(matrix, integer=grid is not None)
+    offset = np.zeros(weight.rows) if bias is None else bias.detach().double().numpy()
+    gain, zero = (scale, 0) if grid is None else (scale * grid.scale, grid.zero)
+    return source, source, weight, offset.astype(np.float32), gain.astype(np.float32), group, zero
 
 
 def _cannot(what: str) -> InputError:
     return InputError(f"{what} cannot be compiled into a program; the runtime torch can run it")
 
 
-def _group(layer: nn.Module) -> int | None:
-    return (
-        layer.packed.scheme.granularity.group_size if isinstance(layer, QuantLinear | QuantConv2d) else None
-    )
-
-
-def _weight(layer: Any, integer: bool) -> tuple[Weight, Array]:
-    """The matrix and its scales, float64 ``[rows, groups]``."""
-    if isinstance(layer, QuantLinear | QuantConv2d):
-        packed: QuantizedWeight = layer.packed
+def _weight(matrix: QuantizedWeight | torch.Tensor, integer: bool) -> tuple[Weight, Array, int]:
+    """The matrix, its scales, float64 ``[rows, groups]``, and the columns of a group."""
+    if isinstance(matrix, QuantizedWeight):
+        packed = matrix
         rows = packed.shape[0]
         columns = int(np.prod(packed.shape[1:]))
         if packed.scheme.weights.kind == "int" and packed.scheme.symmetric:
             assert packed.scale is not None
             scale = np.broadcast_to(packed.scale.double().numpy(), (rows, packed.scale.shape[1]))
-            return Weight(rows, columns, packed.scheme.weights.bits, packed.codes.numpy()), scale
+            group = packed.scheme.granularity.group_size or columns
+            return Weight(rows, columns, packed.scheme.weights.bits, packed.codes.numpy()), scale, group
         if integer:
             raise _cannot(f"{packed.scheme.name} (integers beside a zero point of the weights)")
-    dense: torch.Tensor = layer.weight.detach().flatten(1)
+        dense = packed.dequantize().flatten(1)
+    else:
+        dense = matrix.detach().flatten(1)
     rows, columns = dense.shape
-    return Weight(rows, columns, 32, dense.numpy()), np.ones((rows, 1))
+    return Weight(rows, columns, 32, dense.numpy()), np.ones((rows, 1)), columns

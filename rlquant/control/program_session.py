@@ -11,9 +11,9 @@ from rlquant.control.agent import Agent
 from rlquant.control.compile import compile_agent
 from rlquant.control.observation import FrameStack
 from rlquant.control.session import Session, batch_of_one
-from rlquant.deploy.runtime import make_runtime
+from rlquant.deploy.runtime import Runtime, make_runtime
 
-__all__ = ["ProgramSession", "actor_in"]
+__all__ = ["ProgramSession", "actor_in", "runtime_of"]
 
 
 class ProgramSession:
@@ -24,19 +24,16 @@ class ProgramSession:
     Args:
         agent: whose program runs.
         rows: episodes.
-        runtime: one of ``rlquant.deploy.RUNTIMES``.
+        runtime: of the agent's program; see :func:`runtime_of`.
 
     Attributes:
         outputs: head outputs float32 ``[rows, outputs]`` of the last step.
-
-    Raises:
-        InputError: the agent cannot be compiled, or the runtime lacks what it needs.
     """
 
-    def __init__(self, agent: Agent, rows: int, *, runtime: str) -> None:
+    def __init__(self, agent: Agent, rows: int, *, runtime: Runtime) -> None:
         self.agent, self.rows = agent, rows
-        self.program = compile_agent(agent)
-        self.runtime = make_runtime(runtime, self.program)
+        self.runtime = runtime
+        self._states = np.zeros((rows, runtime.program.state_size), np.float32)
         self._frames = {key: FrameStack(part, rows) for key, part in agent.parts.items() if part.stack > 1}
         self.outputs = np.zeros((rows, agent.head.outputs), np.float32)
 
@@ -50,12 +47,24 @@ class ProgramSession:
         """See :meth:`rlquant.control.session.Session.act`."""
         parts = observations if isinstance(observations, dict) else {"": observations}
         stacked = {key: self._stacked(key, x, starts) for key, x in parts.items()}
-        chosen = slice(None) if live is None else live
-        self.outputs[chosen] = self.runtime.outputs({key: x[chosen] for key, x in stacked.items()})
-        return self.program.head(self.outputs, masks)
+        chosen = np.arange(self.rows) if live is None else np.flatnonzero(live)
+        self._states[starts] = 0
+        states = self._states[chosen]
+        self.outputs[chosen] = self.runtime.outputs({key: x[chosen] for key, x in stacked.items()}, states)
+        self._states[chosen] = states
+        return self.runtime.program.head(self.outputs, masks)
 
     def _stacked(self, key: str, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
         return self._frames[key].push(x, starts) if key in self._frames else x
+
+
+def runtime_of(agent: Agent, name: str) -> Runtime:
+    """The runtime called ``name`` of an agent's program.
+
+    Raises:
+        InputError: the agent cannot be compiled, or the runtime is unknown or lacks what it needs.
+    """
+    return make_runtime(name, compile_agent(agent))
 
 
 def actor_in(agent: Agent, runtime: str, device: str = "cpu") -> Callable[[Any], np.ndarray]:
@@ -67,15 +76,15 @@ def actor_in(agent: Agent, runtime: str, device: str = "cpu") -> Callable[[Any],
         device: of torch.
 
     Raises:
-        InputError: as :class:`ProgramSession`.
+        InputError: as :func:`runtime_of`.
     """
     if runtime != "torch" and all(part.stack == 1 for part in agent.parts.values()):
-        return make_runtime(runtime, compile_agent(agent)).act
+        return runtime_of(agent, runtime).act
     starts = np.zeros(1, bool)
     session: Session | ProgramSession = (
         Session(agent, rows=1, tile=1, device=device)
         if runtime == "torch"
-        else ProgramSession(agent, 1, runtime=runtime)
+        else ProgramSession(agent, 1, runtime=runtime_of(agent, runtime))
     )
 
     def act(observation: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlquant.control.agent import Agent
 from rlquant.control.environment import EnvSpec, make_env
-from rlquant.control.program_session import ProgramSession
+from rlquant.control.program_session import ProgramSession, runtime_of
 from rlquant.control.session import TILE, Recorder, Session
 from rlquant.errors import InputError
 from rlquant.measure import single_thread
@@ -117,7 +117,8 @@ SessionMaker = Callable[[int], Session | ProgramSession]
 def _session_maker(agent: Agent, device: str, runtime: str, recorder: Recorder | None) -> SessionMaker:
     if runtime == "torch":
         return lambda rows: Session(agent, rows, device=device, recorder=recorder)
-    return lambda rows: ProgramSession(agent, rows, runtime=runtime)
+    made = runtime_of(agent, runtime)
+    return lambda rows: ProgramSession(agent, rows, runtime=made)
 
 
 def _run_batch(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlquant.deploy.c_constants import Constants
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import Activate, Affine, Linear, Program
+from rlquant.deploy.program import Activate, Affine, Gates, Linear, OneHot, Program
 
 __all__ = ["ACTION_FRACTION", "FixedNumbers", "fits_fixed_point"]
 
@@ -26,8 +26,8 @@ _TANH_STEP = 11  # bits of the argument between two entries of the table: 1/32
 
 
 def fits_fixed_point(program: Program) -> bool:
-    """Whether integers can run it: no product and no activation works on floats."""
-    return program.is_integer and not any(isinstance(op, Activate) for op in program.ops)
+    """Whether integers can run it: no product, activation or cell works on floats."""
+    return program.is_integer and not any(isinstance(op, Activate | Gates) for op in program.ops)
 
 
 class FixedNumbers:
@@ -55,6 +55,12 @@ class FixedNumbers:
         multiplier, offset, shift = (text.replace("[row]", "[i]") for text in entry)
         total = f"(int64_t)x[{at}] * {multiplier} + {offset}"
         return [f"y[i] = shifted({total}, {shift}, {', '.join(bounds)});"]
+
+    def hot(self, op: OneHot, name: str, at: str) -> list[str]:
+        """Statements from ``x[at]`` to ``y[i]``."""
+        units = np.rint(op.value.astype(np.float64) * 2.0 ** self.fractions[op.source])
+        value = self._constants.array(f"value{name}", np.clip(units, -_LARGEST, _LARGEST).astype(np.int32))
+        return [f"y[i] = x[{at}] == {value}[i] ? {2 ** self.fractions[op.target]} : 0;"]
 
     def box(self, head: ProgramHead) -> list[str]:
         """Statements from ``y[i]`` to ``action[i]``, an int32 in units of ``2**-16``."""
@@ -142,12 +148,15 @@ def _fractions(program: Program) -> list[int]:
     inputs = range(len(program.inputs))
     bounds = [0.0 if buffer.is_float else 2.0**buffer.bits - 1 for buffer in program.buffers]
     reach = [_saturates(op) for op in program.ops if isinstance(op, Affine) and op.source in inputs]
+    reach += [float(np.abs(op.value).max()) + 1 for op in program.ops if isinstance(op, OneHot)]
     for index in inputs:
         bounds[index] = min(max(reach, default=32768.0), 2.0**22)
     for op in program.ops:
         if not program.buffers[op.target].is_float:
             continue
-        if isinstance(op, Affine):
+        if isinstance(op, OneHot):
+            bounds[op.target] = max(bounds[op.target], 1.0)
+        elif isinstance(op, Affine):
             linear = np.abs(op.gain) * bounds[op.source] + np.abs(op.offset)
             bound = np.minimum(linear, np.maximum(np.abs(op.low), np.abs(op.high))).max()
             bounds[op.target] = max(bounds[op.target], float(bound))

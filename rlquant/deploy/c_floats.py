@@ -7,7 +7,7 @@ import numpy as np
 from rlquant.deploy.c_constants import Constants
 from rlquant.deploy.c_memory import c_type
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import Affine, Linear, Program
+from rlquant.deploy.program import Affine, Linear, OneHot, Program
 
 __all__ = ["FloatNumbers", "grid_lines"]
 
@@ -34,6 +34,11 @@ class FloatNumbers:
         if not to_float or np.isfinite(op.low).any() or np.isfinite(op.high).any():
             lines.append(f"v = clampf(v, {entry('low')}, {entry('high')});")
         return [*lines, "y[i] = v;" if to_float else "y[i] = round_even(v);"]
+
+    def hot(self, op: OneHot, name: str, at: str) -> list[str]:
+        """Statements from ``x[at]`` to ``y[i]``."""
+        value = self._constants.array(f"value{name}", op.value)
+        return [f"y[i] = x[{at}] == {value}[i] ? 1.0f : 0.0f;"]
 
     def box(self, head: ProgramHead) -> list[str]:
         """Statements from ``y[i]`` to ``action[i]``."""

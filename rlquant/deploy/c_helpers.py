@@ -65,6 +65,16 @@ static float tanh32(float x)
 {{
     {_TANH}
 }}""",
+    "sigmoid32": """
+/* the logistic function, likewise */
+static float sigmoid32(float x)
+{
+    rounded y = 0.5f * x;
+    y = tanh32(y);
+    y = 0.5f * y;
+    y = y + 0.5f;
+    return y;
+}""",
     "relu": "\nstatic float relu(float x) { return x > 0.0f ? x : 0.0f; }",
     "sigmoid": "\nstatic float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }",
     "elu": "\nstatic float elu(float x) { return x > 0.0f ? x : expm1f(x); }",

@@ -36,11 +36,12 @@ class Layout:
         return "typedef struct {\n" + "".join(members) + "} policy_memory;"
 
     def pointer(self, index: int) -> str:
-        """The C expression of a buffer: the observation, or a member of ``memory``."""
-        inputs = len(self.program.inputs)
-        if index < inputs:
-            start = sum(buffer.size for buffer in self.program.buffers[:index])
-            return f"(observation + {start})" if start else "observation"
+        """The C expression of a buffer: in ``observation``, in ``state``, or a member of ``memory``."""
+        inputs, given = len(self.program.inputs), len(self.program.inputs) + len(self.program.states)
+        if index < given:
+            name, first = ("observation", 0) if index < inputs else ("state", inputs)
+            start = sum(buffer.size for buffer in self.program.buffers[first:index])
+            return f"({name} + {start})" if start else name
         slot = next(number for number, slot in enumerate(self.slots) if index in slot)
         return f"memory->s{slot}.b{index}"
 
@@ -73,7 +74,8 @@ def layout(program: Program, *, margin: bool = False, real: str = "float") -> La
     for step, op in enumerate(program.ops):
         first.setdefault(op.target, step)
         last[op.source] = step
-    last[program.output] = len(program.ops)
+    for index in (program.output, *(after for _, after in program.states)):
+        last[index] = len(program.ops)
     slots: list[list[int]] = []
     for index in sorted(first, key=lambda i: first[i]):
         free = (slot for slot in slots if all(last.get(other, first[other]) < first[index] for other in slot))

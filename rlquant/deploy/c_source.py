@@ -16,7 +16,7 @@ from rlquant.deploy.c_constants import Constants
 from rlquant.deploy.c_helpers import C_NAMES, helpers_for
 from rlquant.deploy.c_memory import Layout
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import Activate, Affine, Linear, Op, Program
+from rlquant.deploy.program import CELL_KINDS, Activate, Affine, Gates, Linear, OneHot, Op, Program
 
 __all__ = ["CSource", "Numbers", "Products", "action_type", "generate", "indented"]
 
@@ -36,6 +36,9 @@ class Numbers(Protocol):
     def affine(self, op: Affine, name: str, at: str) -> list[str]:
         """Statements from ``x[at]`` to ``y[i]``."""
 
+    def hot(self, op: OneHot, name: str, at: str) -> list[str]:
+        """Statements from ``x[at]`` to ``y[i]``."""
+
     def box(self, head: ProgramHead) -> list[str]:
         """Statements from ``y[i]`` to ``action[i]``, within bounds."""
 
@@ -47,7 +50,7 @@ class CSource:
     Attributes:
         memory: the type ``policy_memory``.
         helpers: functions that the others call.
-        compute: statements on ``observation`` and ``memory``.
+        compute: statements on ``observation``, ``memory`` and, where the program remembers anything, ``state``.
         output: the expression of the outputs after them, writable.
         decide: statements from ``y`` (outputs) to ``action``.
         action: C type of one number of the action.
@@ -68,8 +71,9 @@ def generate(
     lines: list[str] = []
     for index, op in enumerate(program.ops):
         lines += _block(
-            program, layout, op, _statements(program, op, f"{index}", constants, products, numbers)
+            program, layout, op, _statements(layout, op, f"{index}", constants, products, numbers)
         )
+    lines += _remember(program, layout)
     decide = "\n".join(indented(_decide(program.head, numbers)))
     compute = "\n".join(indented(lines))
     memory = layout.declaration(products.members)
@@ -114,8 +118,9 @@ def _block(program: Program, layout: Layout, op: Op, statements: list[str]) -> l
 
 
 def _statements(
-    program: Program, op: Op, name: str, constants: Constants, products: Products, numbers: Numbers
+    layout: Layout, op: Op, name: str, constants: Constants, products: Products, numbers: Numbers
 ) -> list[str]:
+    program = layout.program
     source, target = program.buffers[op.source], program.buffers[op.target]
     if isinstance(op, Linear):
         return products.lines(op, name)
@@ -123,6 +128,13 @@ def _statements(
         size = len(op.order) if op.order is not None else source.size
         at = "i" if op.order is None else f"{constants.array(f'order{name}', op.order)}[i]"
         return loop(size, numbers.affine(op, name, at))
+    if isinstance(op, OneHot):
+        at = f"{constants.array(f'order{name}', op.order)}[i]"
+        return loop(target.size, numbers.hot(op, name, at))
+    if isinstance(op, Gates):
+        size = target.size // CELL_KINDS[op.kind][1]
+        memory = f"const float *restrict m = {layout.pointer(op.memory)};"
+        return [memory, *loop(size, _lstm(size) if op.kind == "LSTM" else _gru(size))]
     if isinstance(op, Activate):
         return loop(source.size, [f"y[i] = {C_NAMES[op.kind]}(x[i]);"])
     small = op.table.astype(np.uint8) if target.bits <= 8 else op.table
@@ -133,6 +145,51 @@ def _statements(
 def loop(count: int, statements: list[str]) -> list[str]:
     """For each ``i`` below ``count``."""
     return ["int i;", f"for (i = 0; i < {count}; ++i) {{", *indented(statements), "}"]
+
+
+def _lstm(size: int) -> list[str]:
+    """One step of unit ``i``: shares of the gates in ``x``, hidden and cell state in ``m`` and then in ``y``."""
+    names = ("in", "forget", "new", "out")
+    return [
+        *_sums(names, size, 4),
+        "rounded cell, kept;",
+        f"kept = sigmoid32(forget) * m[i + {size}];",
+        "cell = sigmoid32(in) * tanh32(new);",
+        "cell = kept + cell;",
+        f"y[i + {size}] = cell;",
+        "y[i] = sigmoid32(out) * tanh32(cell);",
+    ]
+
+
+def _gru(size: int) -> list[str]:
+    """One step of unit ``i``: shares of the gates in ``x``, the hidden state in ``m`` and then in ``y``."""
+    return [
+        *_sums(("reset", "update"), size, 3),
+        f"rounded new = sigmoid32(reset) * x[i + {5 * size}], kept, rest;",
+        f"new = x[i + {2 * size}] + new;",
+        "update = sigmoid32(update);",
+        "kept = update * m[i];",
+        "rest = 1.0f - update;",
+        "new = rest * tanh32(new);",
+        "y[i] = new + kept;",
+    ]
+
+
+def _sums(names: tuple[str, ...], size: int, gates: int) -> list[str]:
+    """The shares of a gate from the input and from the hidden state."""
+    return [
+        f"rounded {name} = x[i + {number * size}] + x[i + {(gates + number) * size}];"
+        for number, name in enumerate(names)
+    ]
+
+
+def _remember(program: Program, layout: Layout) -> list[str]:
+    """Takes over what is remembered until the next step."""
+    return [
+        f"{{ int i; for (i = 0; i < {program.buffers[state].size}; ++i) "
+        f"{layout.pointer(state)}[i] = {layout.pointer(after)}[i]; }}"
+        for state, after in program.states
+    ]
 
 
 def _argmax(head: ProgramHead) -> list[str]:

@@ -63,7 +63,11 @@ def c_files(program: Program) -> dict[str, str]:
         own = [text for key, text in literals.definitions.items() if key not in shared]
         parts[name] = "\n".join(own) + parts[name]
     widths = {"float": 4, "uint8_t": 1, "uint16_t": 2}
-    ram = memory.nbytes + sum(widths[kind] * size for kind, size in patch_sizes(program).items())
+    ram = (
+        memory.nbytes
+        + 4 * program.state_size
+        + sum(widths[kind] * size for kind, size in patch_sizes(program).items())
+    )
     text = "\n".join(floats.definitions.values()) + source.compute
     fields = _fields(program, source) | {
         "CONSTANTS": "\n".join(shared.values()),
@@ -144,6 +148,7 @@ def _test_vector(program: Program) -> str:
 def _fields(program: Program, source: CSource) -> dict[str, str]:
     size = sum(program.buffers[i].size for i in range(len(program.inputs)))
     return {
+        **_state_fields(program.state_size),
         "TITLE": f"A policy ({program.name})" if program.name else "A policy",
         "MEMORY": source.memory,
         "OUTPUT": source.output,
@@ -154,6 +159,19 @@ def _fields(program: Program, source: CSource) -> dict[str, str]:
         "OUTPUT_SIZE": str(program.head.outputs),
         "ACTION_SIZE": str(program.head.size),
     }
+
+
+def _state_fields(size: int) -> dict[str, str]:
+    """What a policy remembers from step to step."""
+    if not size:
+        return {
+            "STATE": "",
+            "RESET": "",
+            "MEMORY_TEXT": "this policy remembers nothing, so this does nothing.",
+        }
+    loop = f"    int i;\n    for (i = 0; i < {size}; ++i) state[i] = 0;"
+    text = "the policy forgets the steps of the last one. The first episode needs no reset."
+    return {"STATE": f"static policy_number state[{size}];\n", "RESET": loop, "MEMORY_TEXT": text}
 
 
 def _describe(inputs: Mapping[str, tuple[int, ...]]) -> str:

@@ -18,7 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.program import Activate, Affine, Buffer, Conv2d, Linear, Op, Program, Table, Weight
+from rlquant.deploy.program import (
+    Activate,
+    Affine,
+    Buffer,
+    Conv2d,
+    Gates,
+    Linear,
+    OneHot,
+    Op,
+    Program,
+    Table,
+    Weight,
+)
 from rlquant.deploy.validate import check_parts
 from rlquant.errors import InputError
 from rlquant.runs import write_files
@@ -44,6 +56,8 @@ _OPS: dict[str, type[Op]] = {
     "conv2d": Conv2d,
     "table": Table,
     "activate": Activate,
+    "one_hot": OneHot,
+    "gates": Gates,
 }
 _NAMES = {cls: name for name, cls in _OPS.items()}
 
@@ -109,6 +123,7 @@ def _encode(program: Program) -> tuple[dict[str, Any], Tensors]:
         "schema": SCHEMA,
         "name": program.name,
         "inputs": [{"key": key, "shape": list(shape)} for key, shape in program.inputs.items()],
+        "states": [list(pair) for pair in program.states],
         "buffers": [{"size": buffer.size, "bits": buffer.bits} for buffer in program.buffers],
         "ops": [
             {"op": _NAMES[type(op)], **_encode_fields(op, f"ops.{index}", tensors)}
@@ -141,10 +156,11 @@ def _decode(document: dict[str, Any], tensors: Tensors) -> Program:
     head = _decode_fields(ProgramHead, document["head"], "head", tensors)
     buffers = tuple(Buffer(**entry) for entry in document["buffers"])
     inputs = {str(entry["key"]): tuple(entry["shape"]) for entry in document["inputs"]}
+    states = tuple((pair[0], pair[1]) for pair in document["states"])
     if tensors:
         raise InputError(f"nothing uses the tensor {next(iter(tensors))}")
-    check_parts(buffers, inputs, ops, head)
-    return Program(buffers, inputs, ops, head, str(document["name"]))
+    check_parts(buffers, inputs, ops, head, states)
+    return Program(buffers, inputs, ops, head, str(document["name"]), states)
 
 
 def _decode_fields(cls: Any, entry: Mapping[str, Any], prefix: str, tensors: Tensors) -> Any:

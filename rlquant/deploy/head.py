@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEAD_KINDS", "TANH_DENOMINATOR", "TANH_LIMIT", "TANH_NUMERATOR", "ProgramHead", "tanh32"]
+__all__ = [
+    "HEAD_KINDS",
+    "TANH_DENOMINATOR",
+    "TANH_LIMIT",
+    "TANH_NUMERATOR",
+    "ProgramHead",
+    "sigmoid32",
+    "tanh32",
+]
 
 HEAD_KINDS = ("argmax", "multi_argmax", "threshold", "clip", "tanh", "unscale")
 
@@ -48,6 +56,12 @@ def tanh32(x: NDArray[np.float32]) -> NDArray[np.float32]:
     for coefficient in TANH_DENOMINATOR[1:]:
         denominator = denominator * square + coefficient
     return numerator * x / denominator
+
+
+def sigmoid32(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logistic function of float32, by :func:`tanh32`."""
+    half = np.float32(0.5)
+    return half * tanh32(half * x) + half
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,13 @@ from rlquant.deploy.c_memory import layout
 from rlquant.deploy.c_source import generate
 from rlquant.deploy.c_vector import VectorProducts
 from rlquant.deploy.program import Program
-from rlquant.deploy.runtime import checked
+from rlquant.deploy.runtime import checked, checked_states
 from rlquant.errors import InputError
 
 __all__ = ["NativeRuntime", "native_source"]
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 _ACTION_DTYPES = {"policy_index": np.int64, "int8_t": np.int8, "float": np.float32}
 
 
@@ -65,16 +66,18 @@ class NativeRuntime:
         self._memory = _aligned(ctypes.c_int64.in_dll(library, "policy_memory_bytes").value)
         self._run = library.policy_run
         self._run.restype = ctypes.c_int64
-        self._run.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64]
+        self._run.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64]
+        self._states = np.zeros((1, program.state_size), np.float32)
         self._action = (np.dtype(_ACTION_DTYPES[kind]), program.head.action_shape)
         self._prepare()
         self._fast = self._prepared
         caller = _caller_module(cache) if list(program.inputs) == [""] else None
         if caller is not None:
             address = ctypes.cast(self._run, ctypes.c_void_p).value
-            places = (address, self.constants.ctypes.data, self._memory.ctypes.data)
+            arrays = (self.constants, self._memory, self._states)
+            places = (address, *(array.ctypes.data for array in arrays))
             shape = program.inputs[""]
-            owners = (library, self.constants, self._memory)
+            owners = (library, *arrays)
             self._fast = caller.Caller(
                 *places, shape, self._action[1], self._action[0].num, self._slow, owners
             )
@@ -101,20 +104,26 @@ class NativeRuntime:
             return self._fast(observation)
         return self._slow(observation, masks)
 
-    def act_batch(self, observations: Any, masks: Any = None) -> Array:
-        """Actions ``[n, ...]`` for ``[n, *shape]``; see :meth:`act`."""
-        flat = self._flat(observations, batch=True)
-        actions = np.empty((len(flat), *self._action[1]), self._action[0])
-        self._call(flat, masks, actions, None)
-        return actions
+    def reset(self) -> None:
+        """An episode begins; see :meth:`rlquant.deploy.runtime.Runtime.reset`."""
+        self._states[...] = 0
 
-    def outputs(self, observations: Any) -> NDArray[np.float32]:
-        """What the head gets: float32 ``[n, outputs]`` for ``[n, *shape]``; see :meth:`act`."""
+    def act_batch(self, observations: Any, masks: Any = None, states: Floats | None = None) -> Array:
+        """Actions ``[n, ...]`` for ``[n, *shape]``; see :meth:`rlquant.deploy.runtime.Runtime.act_batch`."""
+        return self._run_batch(observations, masks, states)[0]
+
+    def outputs(self, observations: Any, states: Floats | None = None) -> Floats:
+        """float32 ``[n, outputs]`` for ``[n, *shape]``; see :meth:`rlquant.deploy.runtime.Runtime.outputs`."""
+        return self._run_batch(observations, None, states)[1]
+
+    def _run_batch(self, observations: Any, masks: Any, states: Floats | None) -> tuple[Array, Floats]:
+        """Actions and outputs."""
         flat = self._flat(observations, batch=True)
+        states = checked_states(self.program, states, len(flat))
         actions = np.empty((len(flat), *self._action[1]), self._action[0])
         outputs = np.empty((len(flat), self.program.head.outputs), np.float32)
-        self._call(flat, None, actions, outputs)
-        return outputs
+        self._call(flat, masks, actions, outputs, states)
+        return actions, outputs
 
     def _prepare(self) -> None:
         """An observation and an action whose addresses never change, so that a call converts no argument."""
@@ -124,7 +133,7 @@ class NativeRuntime:
         shapes = self.program.inputs.items()
         self._views = {key: part.reshape(shape) for (key, shape), part in zip(shapes, parts, strict=True)}
         self._one = np.empty(self._action[1], self._action[0])
-        arrays = (self.constants, self._memory, flat, None, self._one, None)
+        arrays = (self.constants, self._memory, flat, None, self._one, None, self._states)
         pointers = [ctypes.c_void_p(None if x is None else x.ctypes.data) for x in arrays]
         self._arguments = (*pointers, ctypes.c_int64(1))
 
@@ -146,7 +155,7 @@ class NativeRuntime:
     def _slow(self, observation: Any, masks: Any = None) -> Any:
         flat = self._flat(observation, batch=False)
         actions = np.empty((1, *self._action[1]), self._action[0])
-        self._call(flat, masks, actions, None)
+        self._call(flat, masks, actions, None, self._states)
         return actions[0]
 
     def _flat(self, observations: Any, *, batch: bool) -> NDArray[np.float32]:
@@ -161,7 +170,9 @@ class NativeRuntime:
             parts = [part.reshape(rows, -1).astype(np.float32, copy=False) for part in given.values()]
         return np.ascontiguousarray(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
-    def _call(self, flat: Array, masks: Any, actions: Array, outputs: Array | None) -> None:
+    def _call(
+        self, flat: Array, masks: Any, actions: Array, outputs: Array | None, states: Array | None
+    ) -> None:
         allowed = None
         if masks is not None:
             allowed = np.ascontiguousarray(masks, np.bool_)
@@ -169,7 +180,7 @@ class NativeRuntime:
                 raise InputError(
                     f"expected masks of {self.program.head.outputs} choices for each observation, got {allowed.shape}"
                 )
-        arrays = (self.constants, self._memory, flat, allowed, actions, outputs)
+        arrays = (self.constants, self._memory, flat, allowed, actions, outputs, states)
         bad = self._run(*(None if x is None else x.ctypes.data for x in arrays), len(flat))
         if bad:
             raise InputError(f"the observation at index {bad - 1} holds NaN")
@@ -190,6 +201,7 @@ def native_source(program: Program) -> tuple[str, Array, str]:
         "OBSERVATION_SIZE": str(size),
         "OUTPUT_SIZE": str(program.head.outputs),
         "ACTION_SIZE": str(program.head.size),
+        "STATE_SIZE": str(program.state_size),
     }
     text = kernel_text("native.c")
     for name, value in fields.items():

@@ -1,7 +1,8 @@
 """A program as an ONNX model whose integers are exact.
 
 Inputs are float32 ``[batch, *shape]`` for each key of the observation, as the environment shows it
-(``observation`` where it is no Dict). ``outputs`` are the head's outputs, ``action`` the action. Every integer
+(``observation`` where it is no Dict). ``outputs`` are the head's outputs, ``action`` the action. A policy with
+memory reads ``state`` ``[batch, state_size]``, zeros when an episode begins, and gives the ``next_state``. Every integer
 operation is written out as :mod:`~rlquant.deploy.program` defines it - ``MatMulInteger``, ``Cast``, ``Mul``,
 ``Add``, ``Round``, ``Clip`` - so that a conforming runtime gives the reference's outputs to the bit. The
 QuantizeLinear/DequantizeLinear form is not offered: runtimes fuse it into products with integer biases and a
@@ -13,7 +14,7 @@ float products takes ONNX's own Tanh, one node instead of twenty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,30 @@ import numpy as np
 from rlquant.deploy.head import TANH_DENOMINATOR, TANH_LIMIT, TANH_NUMERATOR
 from rlquant.deploy.onnx_nodes import Graph
 from rlquant.deploy.onnx_products import float_product, integer_product
-from rlquant.deploy.program import Activate, Affine, Buffer, Conv2d, Linear, Op, Program, Table
+from rlquant.deploy.program import (
+    CELL_KINDS,
+    Activate,
+    Affine,
+    Buffer,
+    Conv2d,
+    Gates,
+    Linear,
+    OneHot,
+    Op,
+    Program,
+    Table,
+)
 from rlquant.errors import InputError
 
-__all__ = ["ACTION", "MASKS", "OUTPUTS", "build_model", "input_names"]
+__all__ = ["ACTION", "MASKS", "NEXT_STATE", "OUTPUTS", "STATE", "build_model", "input_names"]
 
 OUTPUTS, ACTION, MASKS = "outputs", "action", "masks"
+STATE, NEXT_STATE = "state", "next_state"
 
 
 def input_names(program: Program) -> dict[str, str]:
     """The model's input for each key of the observation."""
-    taken = (OUTPUTS, ACTION, MASKS, "")
+    taken = (OUTPUTS, ACTION, MASKS, STATE, NEXT_STATE, "")
     return {key: f"{key}_observation".strip("_") if key in taken else key for key in program.inputs}
 
 
@@ -51,8 +65,11 @@ def build_model(program: Program, *, masked: bool = False, metadata: Mapping[str
     for index, (key, shape) in enumerate(program.inputs.items()):
         name = names[key]
         buffers.write(index, 0, name if len(shape) == 1 else graph.reshape(name, program.buffers[index].size))
+    sizes = [buffer.size for buffer in program.buffers[len(names) :][: len(program.states)]]
+    for (state, _), part in zip(program.states, _split(graph, STATE, sizes), strict=True):
+        buffers.write(state, 0, part)
     for op in program.ops:
-        result = _apply(graph, op, buffers.read(op.source), program)
+        result = _apply(graph, op, buffers, program)
         buffers.write(op.target, getattr(op, "start", 0), result)
     outputs = graph.node("Identity", buffers.read(program.output), name=OUTPUTS)
     action, described = _head(graph, program, outputs, masked)
@@ -60,7 +77,11 @@ def build_model(program: Program, *, masked: bool = False, metadata: Mapping[str
     inputs: dict[str, Any] = {names[key]: (np.float32, shape) for key, shape in program.inputs.items()}
     if masked:
         inputs[MASKS] = (np.bool_, (program.head.outputs,))
-    shapes = {OUTPUTS: (np.float32, (program.head.outputs,)), ACTION: described}
+    shapes: dict[str, Any] = {OUTPUTS: (np.float32, (program.head.outputs,)), ACTION: described}
+    if program.states:
+        kept = [buffers.read(after) for _, after in program.states]
+        graph.node("Concat", *kept, axis=1, name=NEXT_STATE)
+        inputs[STATE] = shapes[NEXT_STATE] = (np.float32, (program.state_size,))
     return graph.model(inputs, shapes, {"program": program.name, **(metadata or {})})
 
 
@@ -82,16 +103,61 @@ class _Buffers:
         return parts[0]
 
 
-def _apply(graph: Graph, op: Op, x: str, program: Program) -> str:
+def _apply(graph: Graph, op: Op, buffers: _Buffers, program: Program) -> str:
+    x = buffers.read(op.source)
+    if isinstance(op, Gates):
+        return _step(graph, op, x, buffers.read(op.memory), program)
     source, target = program.buffers[op.source], program.buffers[op.target]
     if isinstance(op, Affine):
         return _affine(graph, op, x, source, target)
+    if isinstance(op, OneHot):
+        chosen = graph.node("Gather", x, graph.constant(op.order, np.int32), axis=1)
+        return graph.cast(graph.node("Equal", chosen, graph.constant(op.value, np.float32)), np.float32)
     if isinstance(op, Table):
         table = graph.constant(op.table, np.int32 if target.bits > 8 else np.uint8)
         return graph.node("Gather", table, x if source.bits > 8 else graph.cast(x, np.int32), axis=0)
     if isinstance(op, Activate):
         return _activate(graph, op.kind, x, exact=program.is_integer)
     return _linear(graph, op, x, source, target)
+
+
+def _split(graph: Graph, x: str, sizes: Sequence[int]) -> list[str]:
+    """``x`` cut along its columns."""
+    if len(sizes) < 2:
+        return [x] * len(sizes)
+    names = [graph.fresh("Split") for _ in sizes]
+    return graph.nodes("Split", [x, graph.constant(sizes, np.int64)], names, axis=1)
+
+
+def _step(graph: Graph, op: Gates, shares: str, memory: str, program: Program) -> str:
+    """See :class:`~rlquant.deploy.program.Gates`."""
+    gates, vectors = CELL_KINDS[op.kind]
+    hidden = program.buffers[op.target].size // vectors
+
+    def tanh(x: str) -> str:
+        return _activate(graph, "Tanh", x, exact=program.is_integer)
+
+    def sigmoid(x: str) -> str:
+        if not program.is_integer:
+            return graph.node("Sigmoid", x)
+        half = graph.constant(0.5, np.float32)
+        return graph.node("Add", graph.node("Mul", half, tanh(graph.node("Mul", half, x))), half)
+
+    def both(operation: str, x: str, y: str) -> str:
+        return graph.node(operation, x, y)
+
+    parts = _split(graph, shares, [hidden] * (2 * gates))
+    from_input, from_hidden = parts[:gates], parts[gates:]
+    held = _split(graph, memory, [hidden] * vectors)
+    sums = [both("Add", x, y) for x, y in zip(from_input, from_hidden, strict=True)]
+    if op.kind == "LSTM":
+        i, f, g, o = sums
+        cell = both("Add", both("Mul", sigmoid(f), held[1]), both("Mul", sigmoid(i), tanh(g)))
+        return graph.node("Concat", both("Mul", sigmoid(o), tanh(cell)), cell, axis=1)
+    reset, update = map(sigmoid, sums[:2])
+    new = tanh(both("Add", from_input[2], both("Mul", reset, from_hidden[2])))
+    rest = both("Sub", graph.constant(1, np.float32), update)
+    return both("Add", both("Mul", rest, new), both("Mul", update, held[0]))
 
 
 def _linear(graph: Graph, op: Linear, x: str, source: Buffer, target: Buffer) -> str:
@@ -184,8 +250,7 @@ def _head(graph: Graph, program: Program, y: str, masked: bool) -> tuple[str, tu
     if head.kind == "argmax":
         return graph.node("ArgMax", y, axis=1, keepdims=0), (np.int64, ())
     if head.kind == "multi_argmax":
-        names = [f"/branch/{index}" for index in range(len(head.branches))]
-        parts = graph.nodes("Split", [y, graph.constant(head.branches, np.int64)], names, axis=1)
+        parts = _split(graph, y, head.branches)
         choices = [graph.node("ArgMax", part, axis=1, keepdims=1) for part in parts]
         return graph.node("Concat", *choices, axis=1), (np.int64, (len(head.branches),))
     if head.kind == "threshold":

@@ -31,6 +31,7 @@ class Graph:
         except ImportError:
             raise missing_package("onnx", "onnx", "an ONNX graph") from None
         self._nodes: list[Any] = []
+        self._names = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], tuple[str, NDArray[Any]]] = {}
 
     def constant(self, values: Any, dtype: Any) -> str:
@@ -50,6 +51,11 @@ class Graph:
 
         self._nodes.append(helper.make_node(kind, list(inputs), list(names), **attributes))
         return list(names)
+
+    def fresh(self, kind: str) -> str:
+        """A name for one of several results."""
+        self._names += 1
+        return f"/{kind}/result/{self._names}"
 
     def cast(self, x: str, dtype: Any) -> str:
         """``x`` in another type."""

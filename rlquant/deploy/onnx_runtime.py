@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlquant.deploy.onnx_graph import ACTION, OUTPUTS, build_model, input_names
+from rlquant.deploy.onnx_graph import ACTION, NEXT_STATE, OUTPUTS, STATE, build_model, input_names
 from rlquant.deploy.program import Program
-from rlquant.deploy.runtime import Observation, checked
+from rlquant.deploy.runtime import Floats, Observation, checked, checked_states
 from rlquant.errors import missing_package
 from rlquant.runs import write_files
 
@@ -68,8 +68,16 @@ class OnnxRuntime:
         self._binding = self._session.io_binding()
         for key, buffer in self._inputs.items():
             _bind(self._binding.bind_input, self._names[key], buffer)
+        self._states, self._next_states = np.zeros((2, 1, program.state_size), np.float32)
+        if program.states:
+            _bind(self._binding.bind_input, STATE, self._states)
+            _bind(self._binding.bind_output, NEXT_STATE, self._next_states)
         _bind(self._binding.bind_output, OUTPUTS, self._outputs)
         _bind(self._binding.bind_output, ACTION, self._action)
+
+    def reset(self) -> None:
+        """See :meth:`rlquant.deploy.runtime.Runtime.reset`."""
+        self._states[...] = 0
 
     def act(self, observation: Observation, masks: Array | None = None) -> Array:
         """See :meth:`rlquant.deploy.runtime.Runtime.act`."""
@@ -77,27 +85,34 @@ class OnnxRuntime:
             for key, x in checked(self.program, observation, batch=False).items():
                 self._inputs[key][0] = x
         self._session.run_with_iobinding(self._binding)
+        self._states[...] = self._next_states
         actions = self._action if masks is None else self.program.head(self._outputs, masks[None])
         action: Array = actions[0].copy()
         return action
 
-    def act_batch(self, observations: Observation, masks: Array | None = None) -> Array:
+    def act_batch(
+        self, observations: Observation, masks: Array | None = None, states: Floats | None = None
+    ) -> Array:
         """See :meth:`rlquant.deploy.runtime.Runtime.act_batch`."""
         if masks is not None:
-            return self.program.head(self.outputs(observations), masks)
-        return self._run(ACTION, observations)
+            return self.program.head(self.outputs(observations, states), masks)
+        return self._run(ACTION, observations, states)
 
-    def outputs(self, observations: Observation) -> NDArray[np.float32]:
+    def outputs(self, observations: Observation, states: Floats | None = None) -> Floats:
         """See :meth:`rlquant.deploy.runtime.Runtime.outputs`."""
-        return self._run(OUTPUTS, observations)
+        return self._run(OUTPUTS, observations, states)
 
-    def _run(self, wanted: str, observations: Observation) -> Array:
+    def _run(self, wanted: str, observations: Observation, states: Floats | None) -> Array:
         with np.errstate(over="ignore"):
             feed = {
                 self._names[key]: np.ascontiguousarray(x, np.float32)
                 for key, x in checked(self.program, observations).items()
             }
-        result: Array = self._session.run([wanted], feed)[0]
+        states = checked_states(self.program, states, len(next(iter(feed.values()))))
+        if states is None:
+            result: Array = self._session.run([wanted], feed)[0]
+            return result
+        result, states[...] = self._session.run([wanted, NEXT_STATE], feed | {STATE: states})
         return result
 
 

@@ -12,7 +12,9 @@ every runtime agrees with the NumPy interpreter (:mod:`~rlquant.deploy.reference
 - observations: ``clamp(rint(x * gain + offset), low, high)`` with two roundings before the last; the normaliser
   and every rescaling are folded into gain and offset, the normaliser's clip into low and high. Infinities
   saturate; NaN is refused before;
-- other activations between integer layers are tables of 1,024 entries over the range in which they change.
+- other activations between integer layers are tables of 1,024 entries over the range in which they change;
+- an LSTM or GRU is two products to float and one step of its cell on floats, in which ``tanh`` is
+  :func:`~rlquant.deploy.head.tanh32`, ``sigmoid(x)`` is ``tanh(x / 2) / 2 + 1/2``, and each operation is rounded.
 
 Biases are float32, not int32 in units of the accumulator: with few bits that unit is as large as the biases.
 Float operations are exact up to the order of summation.
@@ -34,12 +36,15 @@ from rlquant.deploy.head import ProgramHead
 from rlquant.errors import InputError
 
 __all__ = [
+    "CELL_KINDS",
     "TABLE_BITS",
     "Activate",
     "Affine",
     "Buffer",
     "Conv2d",
+    "Gates",
     "Linear",
+    "OneHot",
     "Op",
     "Program",
     "Table",
@@ -47,6 +52,9 @@ __all__ = [
 ]
 
 TABLE_BITS = 10
+
+CELL_KINDS = {"LSTM": (4, 2), "GRU": (3, 1)}
+"""Gates of a cell, and vectors in its memory: hidden state and cell state, or the hidden state alone."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -196,7 +204,34 @@ class Activate:
     kind: str
 
 
-Op = Affine | Linear | Conv2d | Table | Activate
+@dataclass(frozen=True, eq=False)
+class OneHot:
+    """``1.0 if x[order[k]] == value[k] else 0.0`` for each ``k``: int32 and float32 arrays of the result's size."""
+
+    source: int
+    target: int
+    order: Ints
+    value: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """One step of an LSTM's or GRU's cell; equations and order of the gates are torch's.
+
+    Attributes:
+        source: float32: the gates' shares from the input, then those from the hidden state.
+        memory: float32, the memory before the step: hidden state, then an LSTM's cell state.
+        target: float32, the memory after the step.
+        kind: of :data:`CELL_KINDS`.
+    """
+
+    source: int
+    target: int
+    memory: int
+    kind: str
+
+
+Op = Affine | Linear | Conv2d | Table | Activate | OneHot | Gates
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,12 +239,14 @@ class Program:
     """A policy.
 
     Attributes:
-        buffers: the first ones are the inputs.
+        buffers: the first ones are the inputs, then what :attr:`states` remembers.
         inputs: for each key of the observation (``""`` where it is no Dict) its shape, as the environment
             shows it, frames stacked; buffer ``i`` is the ``i``-th of them, float32, flattened.
         ops: in order.
         head: from the last buffer, float32, to the action.
         name: for reports: what was compiled.
+        states: pairs of a float32 buffer that holds zeros when an episode begins, and the buffer whose numbers
+            it takes over after each step.
     """
 
     buffers: tuple[Buffer, ...]
@@ -217,6 +254,7 @@ class Program:
     ops: tuple[Op, ...]
     head: ProgramHead
     name: str = ""
+    states: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -227,6 +265,11 @@ class Program:
     def output(self) -> int:
         """Index of the head's outputs."""
         return len(self.buffers) - 1
+
+    @property
+    def state_size(self) -> int:
+        """How many float32 numbers it remembers from step to step."""
+        return sum(self.buffers[state].size for state, _ in self.states)
 
     @property
     def is_integer(self) -> bool:

@@ -8,20 +8,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlquant.deploy.floats import ACTIVATIONS
-from rlquant.deploy.head import tanh32
-from rlquant.deploy.program import Activate, Affine, Conv2d, Linear, Op, Program, Table
+from rlquant.deploy.head import sigmoid32, tanh32
+from rlquant.deploy.program import (
+    CELL_KINDS,
+    Activate,
+    Affine,
+    Conv2d,
+    Gates,
+    Linear,
+    OneHot,
+    Op,
+    Program,
+    Table,
+)
 
 __all__ = ["run"]
 
 Array = NDArray[Any]
 
 
-def run(program: Program, observations: dict[str, Array]) -> NDArray[np.float32]:
+def run(
+    program: Program, observations: dict[str, Array], states: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Head outputs for a batch.
 
     Args:
         program: what to run.
         observations: ``[n, *shape]`` by key, finite or infinite but not NaN.
+        states: float32 ``[n, state_size]``, replaced in place; None for zeros that nobody needs afterwards.
 
     Returns:
         float32 ``[n, outputs]``.
@@ -33,17 +47,49 @@ def run(program: Program, observations: dict[str, Array]) -> NDArray[np.float32]
     ]
     for index, key in enumerate(program.inputs):
         buffers[index] = observations[key].reshape(rows, -1).astype(np.float32)
+    if states is not None:
+        _recall(program, buffers, states)
     for op in program.ops:
-        to_float = program.buffers[op.target].is_float
-        result = _apply(op, buffers[op.source], program.buffers[op.source].is_float, to_float)
+        result = _apply(program, op, buffers)
         start = getattr(op, "start", 0)
         buffers[op.target][:, start : start + result.shape[1]] = result
+    if states is not None and program.states:
+        states[...] = np.concatenate([buffers[after] for _, after in program.states], axis=1)
     return buffers[-1]
 
 
-def _apply(op: Op, x: Array, from_float: bool, to_float: bool) -> Array:
+def _recall(program: Program, buffers: list[Array], states: Array) -> None:
+    start = 0
+    for state, _ in program.states:
+        end = start + program.buffers[state].size
+        buffers[state], start = states[:, start:end], end
+
+
+def _step(kind: str, shares: Array, memory: Array) -> Array:
+    """Memory float32 ``[n, vectors * hidden]`` after one step of a cell."""
+    gates, vectors = CELL_KINDS[kind]
+    hidden, *cell = np.split(memory, vectors, axis=1)
+    from_input, from_hidden = (np.split(x, gates, axis=1) for x in np.split(shares, 2, axis=1))
+    if kind == "LSTM":
+        i, f, g, o = (x + y for x, y in zip(from_input, from_hidden, strict=True))
+        after = sigmoid32(f) * cell[0] + sigmoid32(i) * tanh32(g)
+        return np.concatenate([sigmoid32(o) * tanh32(after), after], axis=1)
+    reset, update = (sigmoid32(x + y) for x, y in zip(from_input[:2], from_hidden[:2], strict=True))
+    new = tanh32(from_input[2] + reset * from_hidden[2])
+    after_step: Array = (np.float32(1.0) - update) * new + update * hidden
+    return after_step
+
+
+def _apply(program: Program, op: Op, buffers: list[Array]) -> Array:
+    x, from_float = buffers[op.source], program.buffers[op.source].is_float
+    to_float = program.buffers[op.target].is_float
+    if isinstance(op, Gates):
+        return _step(op.kind, x, buffers[op.memory])
     if isinstance(op, Affine):
         return _affine(op, x, to_float)
+    if isinstance(op, OneHot):
+        hot: Array = (x[:, op.order] == op.value).astype(np.float32)
+        return hot
     if isinstance(op, Table):
         entries: Array = op.table[x].astype(np.int32)
         return entries

@@ -12,9 +12,10 @@ from rlquant.deploy import reference
 from rlquant.deploy.program import Program
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "make_runtime"]
+__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "checked_states", "make_runtime"]
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 Observation = Any  # an array, or a dict of arrays by key
 
 _CLASSES = {
@@ -27,9 +28,18 @@ RUNTIMES = tuple(_CLASSES)
 
 
 class Runtime(Protocol):
-    """Runs one program."""
+    """Runs one program.
+
+    A program with memory (an LSTM or GRU) remembers from one :meth:`act` to the next; :meth:`reset` begins an episode.
+    Batches bring their memory along: ``states``, float32 ``[n, state_size]``, zeros where an episode begins, which
+    the call replaces by what it remembers then; None for zeros that nobody needs afterwards.
+    """
 
     name: str
+    program: Program
+
+    def reset(self) -> None:
+        """An episode begins: forget the last one."""
 
     def act(self, observation: Observation, masks: Array | None = None) -> Array:
         """The action for one observation.
@@ -42,10 +52,12 @@ class Runtime(Protocol):
             InputError: a wrong shape, or NaN.
         """
 
-    def act_batch(self, observations: Observation, masks: Array | None = None) -> Array:
+    def act_batch(
+        self, observations: Observation, masks: Array | None = None, states: Floats | None = None
+    ) -> Array:
         """Actions for ``[n, *shape]``."""
 
-    def outputs(self, observations: Observation) -> NDArray[np.float32]:
+    def outputs(self, observations: Observation, states: Floats | None = None) -> Floats:
         """Head outputs float32 ``[n, outputs]``."""
 
 
@@ -83,6 +95,22 @@ def checked(program: Program, observations: Observation, *, batch: bool = True) 
     return arrays
 
 
+def checked_states(program: Program, states: Floats | None, rows: int) -> Floats | None:
+    """``states`` as :class:`Runtime` takes them; zeros for None where the program remembers anything.
+
+    Raises:
+        InputError: another type or shape, or an array that cannot be written to in place.
+    """
+    if states is None:
+        return np.zeros((rows, program.state_size), np.float32) if program.states else None
+    wanted = (rows, program.state_size)
+    fits = isinstance(states, np.ndarray) and states.shape == wanted and states.dtype == np.float32
+    if not fits or not states.flags.c_contiguous or not states.flags.writeable:
+        given = f"{getattr(states, 'dtype', type(states).__name__)} {list(np.shape(states))}"
+        raise InputError(f"states are a contiguous, writable float32 array {list(wanted)}, not {given}")
+    return states
+
+
 class ReferenceRuntime:
     """The NumPy interpreter, see :mod:`~rlquant.deploy.reference`."""
 
@@ -90,18 +118,27 @@ class ReferenceRuntime:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.reset()
+
+    def reset(self) -> None:
+        """See :meth:`Runtime.reset`."""
+        self._states = np.zeros((1, self.program.state_size), np.float32)
 
     def act(self, observation: Observation, masks: Array | None = None) -> Array:
         """See :meth:`Runtime.act`."""
         parts = checked(self.program, observation, batch=False)
-        outputs = reference.run(self.program, {key: x[None] for key, x in parts.items()})
+        outputs = reference.run(self.program, {key: x[None] for key, x in parts.items()}, self._states)
         action: Array = self.program.head(outputs, None if masks is None else masks[None])[0]
         return action
 
-    def act_batch(self, observations: Observation, masks: Array | None = None) -> Array:
+    def act_batch(
+        self, observations: Observation, masks: Array | None = None, states: Floats | None = None
+    ) -> Array:
         """See :meth:`Runtime.act_batch`."""
-        return self.program.head(self.outputs(observations), masks)
+        return self.program.head(self.outputs(observations, states), masks)
 
-    def outputs(self, observations: Observation) -> NDArray[np.float32]:
+    def outputs(self, observations: Observation, states: Floats | None = None) -> Floats:
         """See :meth:`Runtime.outputs`."""
-        return reference.run(self.program, checked(self.program, observations))
+        parts = checked(self.program, observations)
+        rows = len(next(iter(parts.values())))
+        return reference.run(self.program, parts, checked_states(self.program, states, rows))

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 
 from rlquant.deploy.head import HEAD_KINDS, ProgramHead
-from rlquant.deploy.program import TABLE_BITS, Activate, Affine, Buffer, Conv2d, Linear, Op, Table
+from rlquant.deploy.program import (
+    CELL_KINDS,
+    TABLE_BITS,
+    Activate,
+    Affine,
+    Buffer,
+    Conv2d,
+    Gates,
+    Linear,
+    OneHot,
+    Op,
+    Table,
+)
 from rlquant.errors import InputError, unknown_name
 
 __all__ = ["check_parts"]
@@ -22,7 +34,11 @@ _MAX_COUNT = 4096  # buffers, and operations
 
 
 def check_parts(
-    buffers: Sequence[Buffer], inputs: Mapping[str, tuple[int, ...]], ops: Sequence[Op], head: ProgramHead
+    buffers: Sequence[Buffer],
+    inputs: Mapping[str, tuple[int, ...]],
+    ops: Sequence[Op],
+    head: ProgramHead,
+    states: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Check what a :class:`~rlquant.deploy.program.Program` is made of.
 
@@ -38,12 +54,17 @@ def check_parts(
         _bits(buffer.bits, 1, "the bits of a buffer")
     if sum(buffer.size for buffer in buffers) > _MAX_NUMBERS:
         raise InputError(f"the buffers hold more than {_MAX_NUMBERS:,} numbers")
-    filled = _Filled(buffers, inputs)
+    filled = _Filled(buffers, inputs, [state for state, _ in states])
     for index, op in enumerate(ops):
         try:
             _check_op(op, filled)
         except InputError as error:
             raise InputError(f"operation {index} ({type(op).__name__}): {error}") from None
+    for state, after in states:
+        _integer(after, filled.given, len(buffers) - 1, "the buffer that is remembered")
+        fits = buffers[after].is_float and buffers[after].size == buffers[state].size
+        _require(fits, f"buffer {after} does not fit the memory {state}")
+        filled.check_read(after)
     last = len(buffers) - 1
     filled.check_read(last)
     _require(buffers[last].is_float, "the last buffer is not float32")
@@ -53,9 +74,11 @@ def check_parts(
 class _Filled:
     """Which parts of the buffers have been written."""
 
-    def __init__(self, buffers: Sequence[Buffer], inputs: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, buffers: Sequence[Buffer], inputs: Mapping[str, tuple[int, ...]], states: Sequence[int]
+    ) -> None:
         self.buffers = buffers
-        self.inputs = len(inputs)
+        self.given = len(inputs) + len(states)
         self.parts: list[list[tuple[int, int]]] = [[] for _ in buffers]
         _require(0 < len(inputs) <= len(buffers), "there is no input, or no buffer for one")
         for index, shape in enumerate(inputs.values()):
@@ -63,6 +86,11 @@ class _Filled:
                 _integer(length, 1, _MAX_NUMBERS, "a length of an input's shape")
             fits = buffers[index].is_float and math.prod(shape) == buffers[index].size
             _require(fits, f"buffer {index} does not fit the input {list(shape)}")
+            self.parts[index] = [(0, buffers[index].size)]
+        _require(self.given <= len(buffers), "there is no buffer for what is remembered")
+        for index, state in enumerate(states, len(inputs)):
+            _require(state == index, f"the memory {state!r} is not buffer {index}, after the inputs")
+            _require(buffers[index].is_float, f"the memory {index} is not float32")
             self.parts[index] = [(0, buffers[index].size)]
 
     def check_read(self, index: int) -> None:
@@ -73,7 +101,7 @@ class _Filled:
         _require(end == self.buffers[index].size, f"buffer {index} is read before it is written")
 
     def write(self, index: int, start: int, size: int) -> None:
-        _require(index >= self.inputs, f"buffer {index} is an input")
+        _require(index >= self.given, f"buffer {index} is an input")
         room = self.buffers[index].size - size
         _require(room >= 0, f"its {size} numbers do not fit into buffer {index}")
         _integer(start, 0, room, "the start in the target")
@@ -91,6 +119,12 @@ def _check_op(op: Op, filled: _Filled) -> None:
         size = _check_affine(op, source, target)
     elif isinstance(op, Linear):
         size = _check_linear(op, source, target)
+    elif isinstance(op, OneHot):
+        size = _check_one_hot(op, source, target)
+    elif isinstance(op, Gates):
+        _integer(op.memory, 0, len(buffers) - 1, "the memory")
+        filled.check_read(op.memory)
+        size = _check_gates(op, source, target, buffers[op.memory])
     else:
         size = source.size
         _require(target.size == size, "the source and the target differ in size")
@@ -104,10 +138,8 @@ def _check_op(op: Op, filled: _Filled) -> None:
 def _check_affine(op: Affine, source: Buffer, target: Buffer) -> int:
     size = source.size
     if op.order is not None:
-        _array("order", op.order, np.int32, (op.order.size,))
         size = op.order.size
-        inside = size > 0 and op.order.min() >= 0 and op.order.max() < source.size
-        _require(inside, "order names numbers that the source lacks")
+        _check_order(op.order, source)
     for name in ("gain", "offset", "low", "high"):
         array = getattr(op, name)
         _array(name, array, np.float32, (1,) if array.size == 1 else (size,))
@@ -118,6 +150,31 @@ def _check_affine(op: Affine, source: Buffer, target: Buffer) -> int:
         fits = op.low.min() >= 0 and op.high.max() <= 2**target.bits - 1
         _require(bool(fits), f"the range exceeds the {target.bits} bits of the target")
     return size
+
+
+def _check_order(order: Any, source: Buffer) -> None:
+    _array("order", order, np.int32, (np.size(order),))
+    inside = order.size > 0 and order.min() >= 0 and order.max() < source.size
+    _require(bool(inside), "order names numbers that the source lacks")
+
+
+def _check_one_hot(op: OneHot, source: Buffer, target: Buffer) -> int:
+    _require(source.is_float and target.is_float, "one-hot codes are made of float32 and are float32")
+    _check_order(op.order, source)
+    _array("value", op.value, np.float32, op.order.shape)
+    _finite("value", op.value)
+    return op.order.size
+
+
+def _check_gates(op: Gates, source: Buffer, target: Buffer, memory: Buffer) -> int:
+    if op.kind not in CELL_KINDS:
+        raise unknown_name("cell", str(op.kind), CELL_KINDS)
+    _require(source.is_float and target.is_float and memory.is_float, "cells work on float32")
+    gates, vectors = CELL_KINDS[op.kind]
+    hidden = target.size // vectors
+    fits = target.size == memory.size == vectors * hidden and source.size == 2 * gates * hidden
+    _require(fits, f"the source, the memory and the target are not of one {op.kind}'s sizes")
+    return target.size
 
 
 def _check_linear(op: Linear, source: Buffer, target: Buffer) -> int:

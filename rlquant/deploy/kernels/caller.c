@@ -12,7 +12,7 @@
 #define MOST 8 /* dimensions */
 
 typedef int64_t run_function(const void *constants, void *memory, const float *observation, const uint8_t *mask,
-                             void *action, float *outputs, int64_t n);
+                             void *action, float *outputs, float *state, int64_t n);
 
 typedef struct {
     PyObject_HEAD
@@ -20,6 +20,7 @@ typedef struct {
     run_function *run;
     const void *constants;
     void *memory;
+    float *state;
     int dims, action_dims, action_type;
     npy_intp shape[MOST], action_shape[MOST], size;
     float *converted;
@@ -55,7 +56,7 @@ static PyObject *call(PyObject *callable, PyObject *const *arguments, size_t cou
             PyObject *action = PyArray_SimpleNew(self->action_dims, self->action_shape, self->action_type);
             if (action == NULL) return NULL;
             if (self->run(self->constants, self->memory, observation, NULL, PyArray_DATA((PyArrayObject *)action),
-                          NULL, 1) == 0)
+                          NULL, self->state, 1) == 0)
                 return PyArray_Return((PyArrayObject *)action);
             Py_DECREF(action);
         }
@@ -77,10 +78,10 @@ static int sizes(PyObject *tuple, int *dims, npy_intp *shape)
 static int init(PyObject *object, PyObject *arguments, PyObject *names)
 {
     Caller *self = (Caller *)object;
-    unsigned long long run, constants, memory;
+    unsigned long long run, constants, memory, state;
     PyObject *shape, *action_shape, *slow, *owners;
-    if (!PyArg_ParseTuple(arguments, "KKKO!O!iOO", &run, &constants, &memory, &PyTuple_Type, &shape, &PyTuple_Type,
-                          &action_shape, &self->action_type, &slow, &owners))
+    if (!PyArg_ParseTuple(arguments, "KKKKO!O!iOO", &run, &constants, &memory, &state, &PyTuple_Type, &shape,
+                          &PyTuple_Type, &action_shape, &self->action_type, &slow, &owners))
         return -1;
     if (sizes(shape, &self->dims, self->shape) || sizes(action_shape, &self->action_dims, self->action_shape))
         return -1;
@@ -88,6 +89,7 @@ static int init(PyObject *object, PyObject *arguments, PyObject *names)
     self->run = (run_function *)(uintptr_t)run;
     self->constants = (const void *)(uintptr_t)constants;
     self->memory = (void *)(uintptr_t)memory;
+    self->state = (float *)(uintptr_t)state;
     self->size = 1;
     for (int i = 0; i < self->dims; ++i) self->size *= self->shape[i];
     self->converted = malloc((size_t)(self->size + 1) * sizeof(float));
@@ -125,7 +127,7 @@ static void destroy(PyObject *object)
 static PyTypeObject caller_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "rlquant_caller.Caller",
-    .tp_doc = "Caller(run, constants, memory, shape, action_shape, action_type, slow, owners)",
+    .tp_doc = "Caller(run, constants, memory, state, shape, action_shape, action_type, slow, owners)",
     .tp_basicsize = sizeof(Caller),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_vectorcall_offset = offsetof(Caller, call),

@@ -24,7 +24,7 @@ typedef float rounded;
 @MEMORY@
 
 static policy_memory working;
-
+@STATE@
 @CONSTANTS@
 
 #ifdef POLICY_INTEGER_ONLY
@@ -61,6 +61,11 @@ int policy_act_masked(const policy_number *observation, const uint8_t *mask, pol
         if (mask != 0 && mask[i] == 0) @OUTPUT@[i] = LOWEST;
     decide(@OUTPUT@, action);
     return 0;
+}
+
+void policy_reset(void)
+{
+@RESET@
 }
 
 int policy_act(const policy_number *observation, policy_action *action)

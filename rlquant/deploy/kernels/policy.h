@@ -36,6 +36,9 @@ int policy_act(const policy_number *observation, policy_action *action);
 /* The same; choices whose mask is 0 are not taken. `mask` may be a null pointer. */
 int policy_act_masked(const policy_number *observation, const uint8_t *mask, policy_action *action);
 
+/* An episode begins: @MEMORY_TEXT@ */
+void policy_reset(void);
+
 /* What the network puts out, POLICY_OUTPUT_SIZE numbers, before they become an action. */
 int policy_outputs(const policy_number *observation, policy_number *outputs);
 
