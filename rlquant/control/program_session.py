@@ -46,7 +46,7 @@ class ProgramSession:
     ) -> np.ndarray:
         """See :meth:`rlquant.control.session.Session.act`."""
         parts = observations if isinstance(observations, dict) else {"": observations}
-        stacked = {key: self._stacked(key, x, starts) for key, x in parts.items()}
+        stacked = {key: self._stacked(key, x, starts, live) for key, x in parts.items()}
         chosen = np.arange(self.rows) if live is None else np.flatnonzero(live)
         self._states[starts] = 0
         states = self._states[chosen]
@@ -54,8 +54,8 @@ class ProgramSession:
         self._states[chosen] = states
         return self.runtime.program.head(self.outputs, masks)
 
-    def _stacked(self, key: str, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        return self._frames[key].push(x, starts) if key in self._frames else x
+    def _stacked(self, key: str, x: np.ndarray, starts: np.ndarray, live: np.ndarray | None) -> np.ndarray:
+        return self._frames[key].push(x, starts, live) if key in self._frames else x
 
 
 def runtime_of(agent: Agent, name: str) -> Runtime:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +17,7 @@ import numpy as np
 from rlquant.control.agent import Agent
 from rlquant.control.environment import EnvSpec, make_env
 from rlquant.control.program_session import ProgramSession, runtime_of
+from rlquant.control.realtime import Coupling
 from rlquant.control.session import TILE, Recorder, Session
 from rlquant.errors import InputError
 from rlquant.measure import single_thread
@@ -36,10 +37,13 @@ class Rollout:
     Attributes:
         returns: float64 ``[episodes]``, undiscounted sums of raw rewards.
         lengths: int64 ``[episodes]``, steps.
+        timing: float64 ``[episodes, 4]`` in real time: observations seen and taken, actions late, sum of delays in
+            periods (see ``Timing`` in ``envs/realtime.py``); ``[episodes, 0]`` in a world that waits.
     """
 
     returns: np.ndarray
     lengths: np.ndarray
+    timing: np.ndarray
 
 
 @dataclass
@@ -72,6 +76,7 @@ def rollout(
     device: str = "cpu",
     runtime: str = "torch",
     recorder: Recorder | None = None,
+    coupling: Coupling | None = None,
 ) -> Rollout:
     """Run episodes and return their scores; bit-identical for every ``batch`` and ``workers``.
 
@@ -85,6 +90,7 @@ def rollout(
         device: where the network runs, in torch.
         runtime: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
         recorder: see :class:`~rlquant.control.session.Session`; needs one worker and torch.
+        coupling: the world does not wait for the policy; None where it does.
 
     Raises:
         InputError: no episodes, or an episode that does not end.
@@ -93,13 +99,13 @@ def rollout(
     if not numbers or batch < 1 or workers < 1:
         raise InputError("at least one episode, one environment and one worker are needed")
     if workers > 1 and len(numbers) > 1 and recorder is None:
-        return _in_processes(agent, numbers, seed, batch, workers, device, runtime)
+        return _in_processes(agent, numbers, seed, batch, workers, device, runtime, coupling)
     own = pool or EnvPool(agent.env)
     try:
         with single_thread():
             shares = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
             make = _session_maker(agent, device, runtime, recorder)
-            done = [_run_batch(agent, share, seed, own, make) for share in shares]
+            done = [_run_batch(agent, share, seed, own, make, coupling) for share in shares]
     finally:
         if pool is None:
             own.close()
@@ -107,8 +113,8 @@ def rollout(
 
 
 def _joined(rollouts: list[Rollout]) -> Rollout:
-    returns, lengths = ([getattr(r, name) for r in rollouts] for name in ("returns", "lengths"))
-    return Rollout(np.concatenate(returns), np.concatenate(lengths))
+    names = [each.name for each in fields(Rollout)]
+    return Rollout(*(np.concatenate([getattr(done, name) for done in rollouts]) for name in names))
 
 
 SessionMaker = Callable[[int], Session | ProgramSession]
@@ -122,13 +128,19 @@ def _session_maker(agent: Agent, device: str, runtime: str, recorder: Recorder |
 
 
 def _run_batch(
-    agent: Agent, numbers: list[int], seed: int, pool: EnvPool, session_for: SessionMaker
+    agent: Agent,
+    numbers: list[int],
+    seed: int,
+    pool: EnvPool,
+    session_for: SessionMaker,
+    coupling: Coupling | None,
 ) -> Rollout:
     # An episode's row depends on its number alone, so that it meets the same arithmetic in any batch.
     base = numbers[0] // TILE * TILE
     rows = [number - base for number in numbers]
     count = rows[-1] + 1
-    envs: dict[int, gym.Env] = dict(zip(rows, pool.take(len(rows)), strict=True))
+    taken = pool.take(len(rows))
+    envs: dict[int, Any] = dict(zip(rows, map(coupling.wrap, taken) if coupling else taken, strict=True))
     session = session_for(count)
     world = _World(agent, count)
     for row, number in zip(rows, numbers, strict=True):
@@ -138,7 +150,9 @@ def _run_batch(
     live[rows] = True
     starts = live.copy()
     while live.any():
-        actions = session.act(world.observations, starts, live, world.masks)
+        acting = live if coupling is None else _asking(envs, live)
+        if acting.any():
+            actions = session.act(world.observations, starts, acting, world.masks)
         starts[:] = False
         for row in np.flatnonzero(live).tolist():
             observation, reward, terminated, truncated, _ = envs[row].step(actions[row])
@@ -150,7 +164,16 @@ def _run_batch(
                 world.show(row, observation, envs[row])
         if lengths.max() >= MAX_STEPS:
             raise InputError(f"an episode of {agent.env.id} did not end within {MAX_STEPS:,} steps")
-    return Rollout(returns[rows], lengths[rows])
+    timing = [[] if coupling is None else astuple(envs[row].timing) for row in rows]
+    return Rollout(returns[rows], lengths[rows], np.asarray(timing, float))
+
+
+def _asking(envs: dict[int, Any], live: np.ndarray) -> np.ndarray:
+    """Of the live rows, those whose policy is not busy with an earlier observation."""
+    asking = live.copy()
+    for row in np.flatnonzero(live).tolist():
+        asking[row] = envs[row].asks
+    return asking
 
 
 class _World:
@@ -175,7 +198,7 @@ class _World:
 
 
 def _in_processes(
-    agent: Agent, numbers: list[int], seed: int, batch: int, workers: int, device: str, runtime: str
+    agent: Agent, numbers: list[int], seed: int, batch: int, workers: int, *how: Any
 ) -> Rollout:
     import multiprocessing
 
@@ -183,9 +206,17 @@ def _in_processes(
     # A forked copy of a process that has used torch's threads can hang, so fresh processes are spawned.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(shares), mp_context=context) as executor:
-        jobs = [executor.submit(_share, agent, share, seed, batch, device, runtime) for share in shares]
+        jobs = [executor.submit(_share, agent, share, seed, batch, *how) for share in shares]
         return _joined([job.result() for job in jobs])
 
 
-def _share(agent: Agent, numbers: list[int], seed: int, batch: int, device: str, runtime: str) -> Rollout:
-    return rollout(agent, numbers, seed=seed, batch=batch, device=device, runtime=runtime)
+def _share(
+    agent: Agent,
+    numbers: list[int],
+    seed: int,
+    batch: int,
+    device: str,
+    runtime: str,
+    coupling: Coupling | None,
+) -> Rollout:
+    return rollout(agent, numbers, seed=seed, batch=batch, device=device, runtime=runtime, coupling=coupling)
