@@ -81,7 +81,8 @@ def evaluate(
     calibration_episodes: CalibrationOption = 8,
     closed_loop: ClosedLoopOption = 0,
     runtime: Annotated[
-        str, typer.Option("--runtime", help="auto (torch), torch, native, onnx or reference.")
+        str,
+        typer.Option("--runtime", help="torch, native, onnx or reference; auto: the fastest right one."),
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,

@@ -64,7 +64,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         sequential=options.sequential,
         max_episodes=options.max_episodes,
         device=_device(options.device),
-        runtime="torch" if options.runtime == "auto" else options.runtime,
+        runtime=options.runtime,
     )
     settings.schemes()  # a misspelt precision is reported before anything is loaded
     for pair in settings.left_out():

@@ -20,6 +20,7 @@ from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.profile import Profiler
 from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool, rollout
+from rlquant.control.runtimes import RuntimeChooser, tell_passed_over
 from rlquant.control.settings import LOOKS, Settings
 from rlquant.errors import InputError
 from rlquant.measure import Measurement, Retention, Score, Size, compare
@@ -39,6 +40,7 @@ class _Row:
     method: str
     agent: Agent
     artifact: bool = False
+    runtime: str = ""
     returns: list[float] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
 
@@ -128,8 +130,20 @@ class Evaluation:
         for row in rows:
             kept = self.pieces.piece(row.name)
             if kept is not None:
-                row.returns, row.profile = kept["returns"], kept["profile"]
+                row.returns, row.profile, row.runtime = kept["returns"], kept["profile"], kept["runtime"]
+        self._choose_runtimes([row for row in rows if not row.runtime])
         return rows
+
+    def _choose_runtimes(self, rows: list[_Row]) -> None:
+        """What an interrupted run has begun goes on in the runtime that it began in."""
+        settings = self.settings
+        chooser = RuntimeChooser(
+            self.agent, self.pool, seed=settings.seed, runtime=settings.runtime, device=settings.device
+        )
+        choices = [chooser.choose(row.agent) for row in rows]
+        for row, choice in zip(rows, choices, strict=True):
+            row.runtime = choice.name
+        tell_passed_over((row.scheme.name, choice) for row, choice in zip(rows, choices, strict=True))
 
     def _quantized(self, scheme: MixedScheme, method: str) -> Agent:
         self.progress(f"{scheme.name}-{method}", 0, self.settings.episodes)
@@ -148,7 +162,7 @@ class Evaluation:
                 batch=self.batch,
                 workers=self.workers,
                 device=self.settings.device,
-                runtime=self.settings.runtime,
+                runtime=row.runtime,
             )
             row.returns += played.returns.tolist()
             self._keep_row(row)
@@ -187,10 +201,9 @@ class Evaluation:
             seed=settings.seed,
             episodes=settings.episodes,
             device=settings.device,
-            runtime=settings.runtime,
         )
         for row in missing:
-            row.profile = profiler.profile(row.agent, row.scheme)
+            row.profile = profiler.profile(row.agent, row.runtime)
             loop = self.quantizer.loops.get((row.scheme.name, row.agent.method))
             if loop is not None and not row.artifact:
                 row.profile["shifts"] = [shift.to_json() for shift in loop.shifts]
@@ -224,7 +237,7 @@ class Evaluation:
         return Measurement(
             precision=row.scheme.name,
             method=f"auto={row.agent.method}" if row.method == AUTO else row.method,
-            runtime=settings.runtime,
+            runtime=row.runtime,
             score=Score.from_episodes(row.returns, confidence=settings.confidence, seed=settings.seed),
             retention=self._retention(row, reference, random_score),
             bytes=Size(profile["weights_bytes"], profile["artifact_bytes"]),
@@ -236,7 +249,8 @@ class Evaluation:
         )
 
     def _keep_row(self, row: _Row) -> None:
-        self.pieces.save_piece(row.name, {"returns": row.returns, "profile": row.profile})
+        kept = {"returns": row.returns, "profile": row.profile, "runtime": row.runtime}
+        self.pieces.save_piece(row.name, kept)
 
 
 def random_score_of(env: EnvSpec, *, seed: int, pieces: Pieces) -> float:

@@ -10,6 +10,7 @@ from rlquant.control.collect import Inputs, collect, raw_observations
 from rlquant.control.program_session import actor_in
 from rlquant.control.quantize import float_twin, weight_histograms
 from rlquant.control.rollout import EnvPool
+from rlquant.control.runtimes import is_simulated
 from rlquant.errors import InputError
 from rlquant.measure import Agreement, Latency, action_agreement, measure_latency, plain, q_gap, single_thread
 from rlquant.quant import MixedScheme, weight_bytes
@@ -28,7 +29,6 @@ class Profiler:
         seed: of the evaluation episodes, which calibration has not seen.
         episodes: how many of them may be used.
         device: where the network runs, in torch.
-        runtime: what is timed: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
     """
 
     def __init__(
@@ -39,28 +39,27 @@ class Profiler:
         seed: int,
         episodes: int,
         device: str,
-        runtime: str = "torch",
     ) -> None:
         self.reference = reference
-        self.device, self.runtime = device, runtime
+        self.device = device
         # Always the same episodes in the same batch, whatever the user's batch and workers.
         self._inputs = collect(reference, min(episodes, _AGREEMENT_EPISODES), seed=seed, pool=pool)
         self._outputs = self._inputs.outputs(reference.actor.cpu())
         self._observations = raw_observations(reference, seed=seed, pool=pool)
 
-    def profile(self, agent: Agent, scheme: MixedScheme) -> dict[str, Any]:
+    def profile(self, agent: Agent, runtime: str) -> dict[str, Any]:
         """Plain JSON: ``weights_bytes``, ``artifact_bytes``, ``agreement``, ``latency_us``, empty ``weights``.
 
         Args:
             agent: the quantized agent.
-            scheme: what it was quantized to.
+            runtime: what is timed: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
         """
         return {
             "weights_bytes": weight_bytes(agent.actor),
             "artifact_bytes": _artifact_bytes(agent),
             "agreement": plain(self._agreement(agent)),
             "weights": [],
-            "latency_us": plain(self.latency(agent, simulated=not scheme.is_identity)),
+            "latency_us": plain(self.latency(agent, runtime)),
         }
 
     def histograms(
@@ -90,11 +89,16 @@ class Profiler:
         gap = q_gap(before, after) if agent.values_actions else None
         return Agreement(found.action, found.max_abs, gap)
 
-    def latency(self, agent: Agent, *, simulated: bool) -> Latency:
-        """Of one action on one thread; see :func:`~rlquant.measure.measure_latency`."""
-        act = actor_in(agent, self.runtime, self.device)
+    def latency(self, agent: Agent, runtime: str) -> Latency:
+        """Of one action on one thread; see :func:`~rlquant.measure.measure_latency`.
+
+        Args:
+            agent: the quantized agent.
+            runtime: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
+        """
+        act = actor_in(agent, runtime, self.device)
         with single_thread():
-            return measure_latency(act, self._observations, simulated=simulated and self.runtime == "torch")
+            return measure_latency(act, self._observations, simulated=is_simulated(agent, runtime))
 
 
 def _artifact_bytes(agent: Agent) -> int | None:

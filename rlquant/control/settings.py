@@ -7,7 +7,7 @@ from typing import Any
 
 from rlquant.control.collect import CALIBRATION_SEED
 from rlquant.control.methods import parse_method
-from rlquant.deploy.runtime import RUNTIMES
+from rlquant.control.runtimes import AUTO_RUNTIME, RUNTIME_CHOICES
 from rlquant.errors import InputError, unknown_name
 from rlquant.quant import MixedScheme
 
@@ -33,7 +33,8 @@ class Settings:
         sequential: run more episodes where a verdict is undecided.
         max_episodes: where a sequential run stops.
         device: where the network runs, in torch.
-        runtime: what plays and is timed: ``torch``, or one of ``rlquant.deploy.RUNTIMES``.
+        runtime: what plays and is timed: ``torch``, one of ``rlquant.deploy.RUNTIMES``, or ``auto`` for the fastest
+            right one of each precision.
     """
 
     precisions: tuple[str, ...] = ("fp32", "int8", "w8a8")
@@ -47,11 +48,11 @@ class Settings:
     sequential: bool = False
     max_episodes: int = 2000
     device: str = "cpu"
-    runtime: str = "torch"
+    runtime: str = AUTO_RUNTIME
 
     def __post_init__(self) -> None:
-        if self.runtime not in ("torch", *RUNTIMES):
-            raise unknown_name("runtime", self.runtime, ("torch", *RUNTIMES))
+        if self.runtime not in RUNTIME_CHOICES:
+            raise unknown_name("runtime", self.runtime, RUNTIME_CHOICES)
         if self.episodes < 1 or self.calibration_episodes < 1:
             raise InputError(
                 f"at least one episode is needed, not {min(self.episodes, self.calibration_episodes)}; "

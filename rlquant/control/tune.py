@@ -30,6 +30,7 @@ from rlquant.control.profile import Profiler
 from rlquant.control.quantize import float_twin
 from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool
+from rlquant.control.runtimes import RuntimeChooser
 from rlquant.control.sensitivity import Sensitivity, sensitivities
 from rlquant.control.settings import Settings, settings_json
 from rlquant.quant import MixedScheme, prepare_empty_, weight_bytes
@@ -107,6 +108,9 @@ class _Search:
         self.trials: dict[tuple[str, str], Trial] = {}
         self.reasons: list[str] = []
         self._profiler: Profiler | None = None
+        self._chooser = RuntimeChooser(
+            agent, pool, seed=settings.seed, runtime=settings.runtime, device=settings.device
+        )
 
     def run(self) -> Tuned:
         sensitivity = self._sensitivity()
@@ -179,7 +183,7 @@ class _Search:
         self.progress(f"trying {rung.name} by {method}")
         quantized = self.quantizer.quantize(rung, method)
         heard = self.audition.hear(quantized, retain=self.goal.retain)
-        latency = self._latency(quantized, rung) if self.goal.deadline is not None else None
+        latency = self._latency(quantized) if self.goal.deadline is not None else None
         in_time = latency is None or latency <= (self.goal.deadline or math.inf)
         trial = Trial(
             rung.name,
@@ -199,7 +203,7 @@ class _Search:
         )
         return trial
 
-    def _latency(self, quantized: Agent, rung: MixedScheme) -> float:
+    def _latency(self, quantized: Agent) -> float:
         if self._profiler is None:
             self._profiler = Profiler(
                 self.agent,
@@ -208,7 +212,8 @@ class _Search:
                 episodes=1,
                 device=self.settings.device,
             )
-        return float(self._profiler.latency(quantized, simulated=not rung.is_identity).p99) / 1e6
+        runtime = self._chooser.choose(quantized).name
+        return float(self._profiler.latency(quantized, runtime).p99) / 1e6
 
     def _prove(self) -> tuple[Trial, dict[str, Any]]:
         """Evaluate candidates, the cheapest first, until one is retained; the best of them, and all results."""
