@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +15,45 @@ from rlquant.control.runtimes import AUTO_RUNTIME, RUNTIME_CHOICES
 from rlquant.errors import InputError, unknown_name
 from rlquant.quant import MixedScheme
 
-__all__ = ["LOOKS", "Settings", "settings_json"]
+__all__ = ["LOOKS", "RealTimeSettings", "Settings", "settings_json"]
 
 LOOKS = 5
 """How often a sequential run may look; each look's interval has confidence ``1 - (1 - c) / LOOKS`` (Bonferroni)."""
+
+
+@dataclass(frozen=True)
+class RealTimeSettings:
+    """Evaluate in a world that does not wait, too; see :mod:`rlquant.control.realtime`.
+
+    Attributes:
+        slowdowns: factors on the latencies; each is played.
+        latencies_us: microseconds by row (``w8a8-rtn``; ``""`` for every row), replayed; None measures them.
+        control_rate_hz: steps of the environment in a second; None for what its card says.
+    """
+
+    slowdowns: tuple[float, ...] = (1.0,)
+    latencies_us: Mapping[str, tuple[float, ...]] | None = None
+    control_rate_hz: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, values in (("--slowdown", self.slowdowns), ("--control-rate", (self.control_rate_hz,))):
+            for value in values:
+                if value is not None and not (math.isfinite(value) and value > 0):
+                    raise InputError(f"{option} must be positive, not {value:g}")
+        if not self.slowdowns:
+            raise InputError("--slowdown names nothing; for example --slowdown 1,50,200")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; given latencies by the hash of their values."""
+        given = "measured"
+        if self.latencies_us is not None:
+            content = json.dumps(self.latencies_us, sort_keys=True)
+            given = f"given, sha256 {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        return {
+            "slowdowns": list(self.slowdowns),
+            "latency": given,
+            "control_rate_hz": self.control_rate_hz,
+        }
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,7 @@ class Settings:
         device: where the network runs, in torch.
         runtime: what plays and is timed: ``torch``, one of ``rlquant.deploy.RUNTIMES``, or ``auto`` for the fastest
             right one of each precision.
+        realtime: play in real time, too; None does not.
     """
 
     precisions: tuple[str, ...] = ("fp32", "int8", "w8a8")
@@ -49,6 +89,7 @@ class Settings:
     max_episodes: int = 2000
     device: str = "cpu"
     runtime: str = AUTO_RUNTIME
+    realtime: RealTimeSettings | None = None
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIME_CHOICES:
@@ -113,5 +154,6 @@ def settings_json(settings: Settings) -> dict[str, Any]:
         **asdict(settings),
         "precisions": list(settings.precisions),
         "methods": list(settings.methods),
+        "realtime": settings.realtime and settings.realtime.to_json(),
         "interval_confidence": settings.interval_confidence,
     }
