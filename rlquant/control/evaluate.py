@@ -14,19 +14,32 @@ import numpy as np
 
 from rlquant import catalog
 from rlquant.control.agent import Agent
+from rlquant.control.collect import raw_observations
 from rlquant.control.environment import EnvSpec, random_scores
 from rlquant.control.methods import AUTO, parse_method
 from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.profile import Profiler
+from rlquant.control.program_session import actor_in
 from rlquant.control.quantizer import Quantizer
+from rlquant.control.realtime import (
+    Coupling,
+    check_realtime,
+    control_rate,
+    latencies_of,
+    measured_latencies,
+    realtime_json,
+)
 from rlquant.control.rollout import EnvPool, rollout
-from rlquant.control.runtimes import RuntimeChooser, tell_passed_over
-from rlquant.control.settings import LOOKS, Settings
+from rlquant.control.runtimes import RuntimeChooser, is_simulated, tell_passed_over
+from rlquant.control.settings import LOOKS, RealTimeSettings, Settings
 from rlquant.errors import InputError
 from rlquant.measure import Measurement, Retention, Score, Size, compare
 from rlquant.quant import MixedScheme
 
-__all__ = ["Evaluation", "evaluate", "random_score_of", "subject"]
+__all__ = ["LATENCIES", "Evaluation", "evaluate", "random_score_of", "subject"]
+
+LATENCIES = "latencies"
+"""The piece that keeps the measured latencies of a run in real time: microseconds by row."""
 
 _RANDOM_EPISODES = 100
 _CHUNK = 256  # episodes between two saves of a long row
@@ -34,7 +47,10 @@ _CHUNK = 256  # episodes between two saves of a long row
 
 @dataclass
 class _Row:
-    """One precision while it is evaluated; ``profile`` is what is measured besides the scores."""
+    """One precision while it is evaluated; ``profile`` is what is measured besides the scores.
+
+    ``realtime`` holds the same precision in worlds that do not wait, a row for each ``coupling``.
+    """
 
     scheme: MixedScheme
     method: str
@@ -43,10 +59,19 @@ class _Row:
     runtime: str = ""
     returns: list[float] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
+    coupling: Coupling | None = None
+    realtime: list[_Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return f"{self.scheme.name}-{self.method}" + ("-artifact" if self.artifact else "")
+        slowdown = f"-x{self.coupling.slowdown:.12g}" if self.coupling else ""
+        return f"{self.scheme.name}-{self.method}" + ("-artifact" if self.artifact else "") + slowdown
+
+    def resume(self, pieces: Pieces) -> None:
+        """Take over what an interrupted run has kept."""
+        kept = pieces.piece(self.name)
+        if kept is not None:
+            self.returns, self.profile, self.runtime = kept["returns"], kept["profile"], kept["runtime"]
 
 
 Progress = Callable[[str, int, int], None]
@@ -83,6 +108,9 @@ class Evaluation:
             raise InputError(
                 f"{agent.source} is quantized to {agent.precision}; the reference must be in fp32"
             )
+        if settings.realtime is not None:
+            check_realtime(agent)
+            self._rate_hz = control_rate(agent.env, settings.realtime.control_rate_hz)
         self.agent = agent
         self.artifact = artifact
         self.settings = settings
@@ -106,8 +134,11 @@ class Evaluation:
         try:
             random_score = random_score_of(self.agent.env, seed=self.settings.seed, pieces=self.pieces)
             rows = self._rows()
+            if self.settings.realtime is not None:
+                self._couple(rows, self.settings.realtime)
             for row in rows:
-                self._play(row, self.settings.episodes)
+                for each in (row, *row.realtime):
+                    self._play(each, self.settings.episodes)
             if self.settings.sequential:
                 self._play_until_decided(rows, random_score)
             self._measure(rows)
@@ -128,9 +159,7 @@ class Evaluation:
             scheme = MixedScheme.parse(self.artifact.precision)
             rows.append(_Row(scheme, self.artifact.method, self.artifact, artifact=True))
         for row in rows:
-            kept = self.pieces.piece(row.name)
-            if kept is not None:
-                row.returns, row.profile, row.runtime = kept["returns"], kept["profile"], kept["runtime"]
+            row.resume(self.pieces)
         self._choose_runtimes([row for row in rows if not row.runtime])
         return rows
 
@@ -144,6 +173,29 @@ class Evaluation:
         for row, choice in zip(rows, choices, strict=True):
             row.runtime = choice.name
         tell_passed_over((row.scheme.name, choice) for row, choice in zip(rows, choices, strict=True))
+
+    def _couple(self, rows: list[_Row], realtime: RealTimeSettings) -> None:
+        """The rows that play in real time, with what their actions take."""
+        latencies = latencies_of([row.name for row in rows], realtime.latencies_us) or self._latencies(rows)
+        for row in rows:
+            simulated = realtime.latencies_us is None and is_simulated(row.agent, row.runtime)
+            for slowdown in dict.fromkeys(realtime.slowdowns):
+                coupling = Coupling(tuple(latencies[row.name]), slowdown, self._rate_hz, simulated)
+                coupled = _Row(
+                    row.scheme, row.method, row.agent, row.artifact, row.runtime, coupling=coupling
+                )
+                coupled.resume(self.pieces)
+                row.realtime.append(coupled)
+
+    def _latencies(self, rows: list[_Row]) -> dict[str, list[float]]:
+        """Measured once, so that a resumed run replays the same."""
+        kept = self.pieces.piece(LATENCIES)
+        if kept is None:
+            acts = {row.name: actor_in(row.agent, row.runtime, self.settings.device) for row in rows}
+            observations = raw_observations(self.agent, seed=self.settings.seed, pool=self.pool)
+            kept = measured_latencies(acts, observations)
+            self.pieces.save_piece(LATENCIES, kept)
+        return kept
 
     def _quantized(self, scheme: MixedScheme, method: str) -> Agent:
         self.progress(f"{scheme.name}-{method}", 0, self.settings.episodes)
@@ -163,8 +215,11 @@ class Evaluation:
                 workers=self.workers,
                 device=self.settings.device,
                 runtime=row.runtime,
+                coupling=row.coupling,
             )
             row.returns += played.returns.tolist()
+            if row.coupling is not None:
+                row.profile["timing"] = row.profile.get("timing", []) + played.timing.tolist()
             self._keep_row(row)
         self.progress(row.name, wanted, wanted)
 
@@ -246,6 +301,18 @@ class Evaluation:
             latency=profile["latency_us"],
             weights=profile["weights"],
             shifts=tuple(profile.get("shifts", ())),
+            realtime=tuple(self._in_real_time(each, reference, random_score) for each in row.realtime),
+        )
+
+    def _in_real_time(self, row: _Row, reference: _Row, random_score: float) -> dict[str, Any]:
+        """Compared with the reference in a world that waits."""
+        assert row.coupling is not None
+        settings = self.settings
+        return realtime_json(
+            row.coupling,
+            np.asarray(row.profile["timing"]),
+            score=Score.from_episodes(row.returns, confidence=settings.confidence, seed=settings.seed),
+            retention=self._retention(row, reference, random_score, len(row.returns)),
         )
 
     def _keep_row(self, row: _Row) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "Coupling",
     "check_realtime",
     "control_rate",
+    "latencies_of",
     "measured_latencies",
     "read_latencies",
     "realtime_json",
@@ -110,6 +111,20 @@ def read_latencies(text: str) -> dict[str, tuple[float, ...]]:
             "one for each row as in latencies.json of an earlier run"
         )
     return read
+
+
+def latencies_of(
+    rows: Sequence[str], given: Mapping[str, tuple[float, ...]] | None
+) -> dict[str, tuple[float, ...]] | None:
+    """The given latencies of each row; None where none are given. Raises InputError for a row without any."""
+    if given is None:
+        return None
+    lacking = [row for row in rows if row not in given and "" not in given]
+    if lacking:
+        raise InputError(
+            f"--latency has no latencies of {', '.join(lacking)}; it has those of {', '.join(given)}"
+        )
+    return {row: given.get(row, given.get("", ())) for row in rows}
 
 
 def measured_latencies(

@@ -116,6 +116,8 @@ class Measurement:
         agreement, latency: None where not measured. weights: a histogram per quantized layer.
         shifts: of closed-loop calibration, plain JSON per round: how far the inputs moved, by input and
             feature: ``mean`` and ``wasserstein`` in standard deviations, ``outside`` as a share.
+        realtime: of play in real time, plain JSON per slowdown: latency, control rate, what was missed, score and
+            retention against the reference in a world that waits.
     """
 
     precision: str
@@ -129,6 +131,7 @@ class Measurement:
     latency: Latency | None = None
     weights: tuple[WeightHistogram, ...] = ()
     shifts: tuple[dict[str, Any], ...] = ()
+    realtime: tuple[dict[str, Any], ...] = ()
 
     def to_row(self) -> dict[str, Any]:
         """The row of results.json: plain JSON types, null for what is undefined or was not measured."""

@@ -211,6 +211,16 @@ _WEIGHTS = _object(
 )
 _FEATURES = _mapping(_list(_number))
 _SHIFT = _object({"mean": _FEATURES, "wasserstein": _FEATURES, "outside": _FEATURES})
+_REALTIME = _object(
+    {
+        **dict.fromkeys(
+            ("slowdown", "control_rate_hz", "actions_hz", "missed", "late", "delay_periods"), _number
+        ),
+        "latency_us": _LATENCY,
+        "score": _SCORE,
+        "retention": _RETENTION,
+    }
+)
 _ROW = _object(
     {
         "precision": _text,
@@ -223,7 +233,7 @@ _ROW = _object(
         "compression": _nullable(_number),
         "latency_us": _nullable(_LATENCY),
     },
-    {"weights": _list(_WEIGHTS), "shifts": _list(_SHIFT)},
+    {"weights": _list(_WEIGHTS), "shifts": _list(_SHIFT), "realtime": _list(_REALTIME)},
 )
 _DOCUMENT = _object(
     {
