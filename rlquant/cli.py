@@ -84,6 +84,19 @@ def evaluate(
         str,
         typer.Option("--runtime", help="torch, native, onnx or reference; auto: the fastest right one."),
     ] = "auto",
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Play again while the world does not wait for actions.")
+    ] = False,
+    slowdown: Annotated[
+        str | None,
+        typer.Option("--slowdown", help="Factors on their latency, such as 1,50,200 [default: 1]."),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option("--latency", help="2ms, or an earlier latencies.json [default: measured].")
+    ] = None,
+    control_rate: Annotated[
+        float | None, typer.Option("--control-rate", help="Steps a second [default: of the card].")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Episodes that step together, likewise.")] = 128,
@@ -116,6 +129,10 @@ def evaluate(
             calibration_episodes=calibration_episodes,
             closed_loop=closed_loop,
             runtime=runtime,
+            realtime=realtime,
+            slowdown=None if slowdown is None else _names(slowdown, "--slowdown"),
+            latency=latency,
+            control_rate=control_rate,
             device=device,
             workers=workers,
             batch=batch,

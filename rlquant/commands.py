@@ -14,6 +14,7 @@ from rlquant.runs import RunFolder, machine_info, package_versions
 
 if TYPE_CHECKING:
     from rlquant.control import Agent
+    from rlquant.control.settings import RealTimeSettings
 
 __all__ = ["EvaluateOptions", "default_folder", "publish", "run_evaluate", "run_quantize"]
 
@@ -36,6 +37,10 @@ class EvaluateOptions:
     calibration_episodes: int
     closed_loop: int
     runtime: str
+    realtime: bool
+    slowdown: tuple[str, ...] | None
+    latency: str | None
+    control_rate: float | None
     device: str
     workers: int
     batch: int
@@ -48,7 +53,7 @@ class EvaluateOptions:
 def run_evaluate(options: EvaluateOptions) -> None:
     """Evaluate, write results.json and report.html, print the table."""
     from rlquant.control import Evaluation, Settings
-    from rlquant.control.evaluate import subject
+    from rlquant.control.evaluate import LATENCIES, subject
     from rlquant.control.settings import settings_json
     from rlquant.measure import results_document
 
@@ -65,6 +70,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         max_episodes=options.max_episodes,
         device=_device(options.device),
         runtime=options.runtime,
+        realtime=_realtime(options),
     )
     settings.schemes()  # a misspelt precision is reported before anything is loaded
     for pair in settings.left_out():
@@ -98,6 +104,9 @@ def run_evaluate(options: EvaluateOptions) -> None:
             progress=progress,
         )
         measured = evaluation.run()
+    latencies = folder.piece(LATENCIES)
+    if latencies is not None:
+        folder.write("latencies.json", json.dumps(latencies))
     document = results_document(
         subject=subject(agent),
         settings=settings_json(settings),
@@ -189,6 +198,31 @@ def _reference_of(artifact: Agent, options: EvaluateOptions) -> Agent:
             f"{agent.sha256[:12]}...); name the right one with --reference"
         )
     return agent
+
+
+def _realtime(options: EvaluateOptions) -> RealTimeSettings | None:
+    """What the options say of real time; None without ``--realtime``."""
+    given = {
+        "--slowdown": options.slowdown,
+        "--latency": options.latency,
+        "--control-rate": options.control_rate,
+    }
+    if not options.realtime:
+        alone = [option for option, value in given.items() if value is not None]
+        if alone:
+            raise InputError(f"add --realtime: without it, {' and '.join(alone)} would change nothing")
+        return None
+    from rlquant.control.realtime import read_latencies
+    from rlquant.control.settings import RealTimeSettings
+
+    try:
+        slowdowns = tuple(map(float, options.slowdown or ("1",)))
+    except ValueError:
+        raise InputError(
+            f"--slowdown {','.join(options.slowdown or ())!r} is no list of numbers such as 1,50,200"
+        ) from None
+    latencies = None if options.latency is None else read_latencies(options.latency)
+    return RealTimeSettings(slowdowns, latencies, options.control_rate)
 
 
 def publish(folder: RunFolder, document: dict[str, Any]) -> None:

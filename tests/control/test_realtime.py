@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -12,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlquant import catalog
-from rlquant.control import Agent, Session, load, make_env, rollout
+from rlquant.control import Agent, Evaluation, Session, Settings, load, make_env, rollout
 from rlquant.control.environment import EnvSpec
 from rlquant.control.realtime import Coupling, control_rate, read_latencies
+from rlquant.control.settings import RealTimeSettings
 from rlquant.errors import InputError
 
 RealTime = catalog.env_module("realtime.py").RealTime
@@ -340,3 +344,86 @@ def test_latencies_are_read_from_a_duration_or_a_file(tmp_path: Any) -> None:
     for text in ("0ms", "soon", "5 parsecs", str(tmp_path / "none.json")):
         with pytest.raises(InputError, match="--latency"):
             read_latencies(text)
+
+
+# --- the command
+
+
+def test_the_command_shows_return_against_slowdown_and_repeats_itself(
+    rlquant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "ppo-cartpole", "--precisions", "w8a8", "--episodes", 8, "--realtime"]
+    done = rlquant(*command, "--slowdown", "1,50000", "--out", "one")
+    assert done.status == 0, done.err
+    first = json.loads(Path("one/results.json").read_text())
+    for row in first["rows"]:
+        quick, slow = row["realtime"]
+        assert (quick["slowdown"], slow["slowdown"]) == (1.0, 50_000.0)
+        assert quick["score"]["episodes"] == row["score"]["episodes"]
+        assert (quick["delay_periods"], quick["missed"]) == (0.0, 0.0)
+        assert slow["delay_periods"] > 0
+        assert slow["latency_us"]["p50"] == pytest.approx(50_000 * quick["latency_us"]["p50"])
+    settings_before = first["settings"]
+    Path("one/results.json").unlink()
+    assert rlquant(*command, "--slowdown", "1,50000", "--out", "one").status == 0
+    again = json.loads(Path("one/results.json").read_text())
+    assert [row["realtime"] for row in again["rows"]] == [row["realtime"] for row in first["rows"]]
+    given = ["--slowdown", "1,50000", "--latency", "one/latencies.json", "--out", "two"]
+    assert rlquant(*command, *given).status == 0
+    replayed = json.loads(Path("two/results.json").read_text())
+    assert [row["realtime"] for row in replayed["rows"]] == [row["realtime"] for row in first["rows"]]
+    assert settings_before["realtime"]["latency"] == "measured"
+    assert replayed["settings"]["realtime"]["latency"].startswith("given")
+
+
+def test_delay_costs_reward_and_the_verdict_says_so(rlquant: Any, tmp_path: Path) -> None:
+    done = rlquant(
+        *("evaluate", "ppo-cartpole", "--precisions", "fp32", "--episodes", 8, "--realtime"),
+        *("--latency", "30ms", "--slowdown", "0.01,2", "--out", tmp_path),
+    )
+    assert done.status == 0, done.err
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    quick, slow = row["realtime"]
+    assert (quick["retention"]["verdict"], slow["retention"]["verdict"]) == ("retained", "lost")
+    assert slow["score"]["mean"] < 100
+    assert (slow["late"], slow["control_rate_hz"]) == (1.0, 50.0)
+    assert 15 < slow["actions_hz"] < 19  # 1 / 60 ms
+    assert not (tmp_path / "latencies.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slowdown", "200"], "add --realtime: without it, --slowdown would"),
+        (["--latency", "2ms", "--control-rate", 5], "--latency and --control-rate would change nothing"),
+        (["--realtime", "--slowdown", "1,0"], "--slowdown must be positive, not 0"),
+        (["--realtime", "--slowdown", "-3"], "--slowdown must be positive, not -3"),
+        (["--realtime", "--slowdown", "nan"], "--slowdown must be positive, not nan"),
+        (["--realtime", "--slowdown", "1;50"], "no list of numbers"),
+        (["--realtime", "--control-rate", "0"], "--control-rate must be positive"),
+        (["--realtime", "--latency", "2 parsecs"], "--latency '2 parsecs'"),
+    ],
+)
+def test_options_that_make_no_sense(rlquant: Any, tmp_path: Path, options: list[Any], message: str) -> None:
+    done = rlquant("evaluate", "ppo-cartpole", *options, "--out", tmp_path / "run")
+    assert done.status == 2
+    assert message in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_latencies_of_other_rows_are_refused(rlquant: Any, tmp_path: Path) -> None:
+    path = tmp_path / "latencies.json"
+    path.write_text('{"int8-rtn": [5.0]}')
+    done = rlquant(
+        *("evaluate", "ppo-cartpole", "--precisions", "int8", "--episodes", 2, "--realtime"),
+        *("--latency", path, "--out", tmp_path / "run"),
+    )
+    assert done.status == 2
+    assert "no latencies of fp32-none; it has those of int8-rtn" in done.err
+
+
+def test_an_agent_that_masks_actions_cannot_be_late() -> None:
+    agent = dataclasses.replace(load("ppo-cartpole"), masked=True)
+    with pytest.raises(InputError, match="may be forbidden by then"):
+        Evaluation(agent, Settings(realtime=RealTimeSettings()))
