@@ -77,7 +77,10 @@ def product_of(
 
 
 def recurrent_product(rnn: Any, part: str, layer: int, source: int, grid: Grid | None) -> Linear:
-    """A product of an LSTM or GRU, of its input (``part`` is ``ih``) or its hidden state (``hh``), as :func:`product_of`."""
+    """A product of an LSTM or GRU, of its input (``part`` is ``ih``) or its hidden state (``hh``).
+
+    As :func:`product_of`.
+    """
     name = f"{part}_l{layer}"
     matrix = getattr(rnn, f"packed_{name}", None)
     bias = getattr(rnn, f"bias_{name}") if rnn.bias else None

@@ -124,7 +124,7 @@ def test_observations(program: Program) -> tuple[Array, dict[str, Array]]:
 
 def _test_vector(program: Program) -> str:
     numbers, observations = test_observations(program)
-    outputs = reference.run(program, observations)
+    outputs = _episode(program, observations)
     actions = program.head(outputs).reshape(TESTS, -1)
     literals = Literals()
     literals.array("test_numbers", numbers)
@@ -143,6 +143,14 @@ def _test_vector(program: Program) -> str:
             "",
         ]
     )
+
+
+def _episode(program: Program, observations: dict[str, Array]) -> NDArray[np.float32]:
+    """Outputs of one step after the other, float32 ``[steps, outputs]``."""
+    states = np.zeros((1, program.state_size), np.float32)
+    steps = range(len(next(iter(observations.values()))))
+    rows = ({key: x[step : step + 1] for key, x in observations.items()} for step in steps)
+    return np.concatenate([reference.run(program, row, states) for row in rows])
 
 
 def _fields(program: Program, source: CSource) -> dict[str, str]:

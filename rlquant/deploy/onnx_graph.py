@@ -2,8 +2,8 @@
 
 Inputs are float32 ``[batch, *shape]`` for each key of the observation, as the environment shows it
 (``observation`` where it is no Dict). ``outputs`` are the head's outputs, ``action`` the action. A policy with
-memory reads ``state`` ``[batch, state_size]``, zeros when an episode begins, and gives the ``next_state``. Every integer
-operation is written out as :mod:`~rlquant.deploy.program` defines it - ``MatMulInteger``, ``Cast``, ``Mul``,
+memory reads ``state`` ``[batch, state_size]``, zeros when an episode begins, and gives ``next_state``. Every
+integer operation is written out as :mod:`~rlquant.deploy.program` defines it - ``MatMulInteger``, ``Cast``, ``Mul``,
 ``Add``, ``Round``, ``Clip`` - so that a conforming runtime gives the reference's outputs to the bit. The
 QuantizeLinear/DequantizeLinear form is not offered: runtimes fuse it into products with integer biases and a
 multiplier of their own, which round otherwise.

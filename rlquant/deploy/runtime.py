@@ -96,7 +96,7 @@ def checked(program: Program, observations: Observation, *, batch: bool = True) 
 
 
 def checked_states(program: Program, states: Floats | None, rows: int) -> Floats | None:
-    """``states`` as :class:`Runtime` takes them; zeros for None where the program remembers anything.
+    """``states`` as :class:`Runtime` takes them, zeros for None; None where the program remembers nothing.
 
     Raises:
         InputError: another type or shape, or an array that cannot be written to in place.
@@ -108,7 +108,7 @@ def checked_states(program: Program, states: Floats | None, rows: int) -> Floats
     if not fits or not states.flags.c_contiguous or not states.flags.writeable:
         given = f"{getattr(states, 'dtype', type(states).__name__)} {list(np.shape(states))}"
         raise InputError(f"states are a contiguous, writable float32 array {list(wanted)}, not {given}")
-    return states
+    return states if program.states else None
 
 
 class ReferenceRuntime:

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import (
+    CELL_KINDS,
     TABLE_BITS,
     Activate,
     Affine,
     Buffer,
     Conv2d,
+    Gates,
     Linear,
+    OneHot,
     Op,
     Program,
     Table,
@@ -42,8 +45,16 @@ def observations(program: Program, rows: int, seed: int = 0) -> dict[str, np.nda
         extremes = np.array([np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, -1e-45, 0.0, -0.0], np.float32)
         first = min(rows, 16)
         x[:first] = rng.choice(extremes, (first, *shape))
+        x[first::4] = np.rint(x[first::4])  # what one-hot codes are made of
         found[key] = x
     return found
+
+
+def memories(program: Program, rows: int, seed: int = 0) -> np.ndarray:
+    """What a program may remember: zeros in the first half of the rows."""
+    states = np.random.default_rng(seed).normal(0, 2, (rows, program.state_size)).astype(np.float32)
+    states[: rows // 2] = 0
+    return states
 
 
 class _Author:
@@ -52,6 +63,7 @@ class _Author:
         self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         self.buffers: list[Buffer] = []
         self.ops: list[Op] = []
+        self.states: list[tuple[int, int]] = []
         self.image: tuple[int, int, int] | None = None
 
     def number(self, low: int, high: int) -> int:
@@ -68,7 +80,14 @@ class _Author:
         inputs = self.inputs()
         for shape in inputs.values():
             self.buffer(int(np.prod(shape)))
+        kind = self.draw(st.sampled_from([None, None, *CELL_KINDS])) if self.image is None else None
+        hidden = self.number(1, self.widest // 2)
+        memory = self.buffer(CELL_KINDS[kind][1] * hidden) if kind else 0
         source = self.joined(len(inputs)) if len(inputs) > 1 else 0
+        if self.image is None and self.number(0, 3) == 0:
+            source = self.one_hot(source)
+        if kind:
+            source = self.cell(source, memory, kind)
         source = self.observed(source)
         for _ in range(self.number(0, 2) if self.image else 0):
             source = self.product(source, conv=True, bits=self.number(2, 9))
@@ -81,7 +100,7 @@ class _Author:
             self.affine(source, head.outputs, 32)
         elif end is not None:
             self.ops.append(Activate(source, self.buffer(head.outputs), end))
-        return Program(tuple(self.buffers), inputs, tuple(self.ops), head, "random")
+        return Program(tuple(self.buffers), inputs, tuple(self.ops), head, "random", tuple(self.states))
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
         kind = self.draw(st.sampled_from(["vector", "image", "parts"]))
@@ -93,13 +112,35 @@ class _Author:
         return {"": self.image}
 
     def joined(self, count: int) -> int:
-        target, start = self.buffer(sum(buffer.size for buffer in self.buffers)), 0
+        target, start = self.buffer(sum(buffer.size for buffer in self.buffers[:count])), 0
         for source in range(count):
             size = self.buffers[source].size
             one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
             self.ops.append(Affine(source, target, one, zero, zero - np.inf, zero + np.inf, start))
             start += size
         return target
+
+    def one_hot(self, source: int) -> int:
+        size = self.number(1, self.widest)
+        order = self.rng.integers(0, self.buffers[source].size, size).astype(np.int32)
+        value = self.rng.integers(-1, 4, size).astype(np.float32)
+        self.ops.append(OneHot(source, self.buffer(size), order, value))
+        return self.ops[-1].target
+
+    def cell(self, source: int, memory: int, kind: str) -> int:
+        """One recurrent layer; the result is all that it remembers."""
+        gates, vectors = CELL_KINDS[kind]
+        hidden = self.buffers[memory].size // vectors
+        shares = self.buffer(2 * gates * hidden)
+        for start, given, size in ((0, source, self.buffers[source].size), (gates * hidden, memory, hidden)):
+            grid = self.affine(given, size, self.number(2, 9), np.arange(size, dtype=np.int32))
+            self.product(grid, conv=False, bits=32, rows=gates * hidden)
+            self.buffers.pop()  # what it would have been written to
+            self.ops.append(replace(self.ops.pop(), target=shares, start=start))
+        after = self.buffer(vectors * hidden)
+        self.ops.append(Gates(shares, after, memory, kind))
+        self.states.append((memory, after))
+        return after
 
     def observed(self, source: int) -> int:
         """To a grid, by one map for all numbers or one for each."""

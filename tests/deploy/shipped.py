@@ -1,4 +1,4 @@
-"""The shipped agents without memory, and programs of them."""
+"""The shipped agents, and programs of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SHIPPED = (
     "sac-pendulum",
     "sac-halfcheetah",
     "tqc-hopper",
+    "recurrentppo-cartpole",
     "cnn-catch",
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from random_programs import observations, programs
+from random_programs import memories, observations, programs
 from shipped import compiled
 
 from rlquant.control import collect, load, quantize_agent
@@ -42,14 +42,18 @@ def shown(x: dict[str, np.ndarray]) -> Any:
 
 
 def assert_exact(program: Program, runtime: NativeRuntime, x: dict[str, np.ndarray]) -> None:
+    states = memories(program, len(next(iter(x.values()))))
+    before, after = states.copy(), states.copy()
     with np.errstate(all="ignore"):
-        expected = reference.run(program, x)
-    given = runtime.outputs(shown(x))
+        expected = reference.run(program, x, after)
+    given = runtime.outputs(shown(x), states)
     assert given.dtype == np.float32
     np.testing.assert_array_equal(given.view(np.int32), expected.view(np.int32))
-    actions, wanted = runtime.act_batch(shown(x)), program.head(expected)
+    np.testing.assert_array_equal(states.view(np.int32), after.view(np.int32))
+    actions, wanted = runtime.act_batch(shown(x), states=before), program.head(expected)
     assert actions.dtype == wanted.dtype
     np.testing.assert_array_equal(actions, wanted)
+    runtime.reset()
     one = runtime.act({key: part[1] for key, part in x.items()} if set(x) != {""} else x[""][1])
     np.testing.assert_array_equal(one, wanted[1])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_programs import observations, programs
+from random_programs import memories, observations, programs
 from shipped import SHIPPED
 
 from rlquant.control import Agent, collect, load, quantize_agent
@@ -20,7 +20,7 @@ from rlquant.control.compile import compile_agent
 from rlquant.deploy import reference
 from rlquant.deploy.floats import ACTIVATIONS
 from rlquant.deploy.head import ProgramHead
-from rlquant.deploy.onnx_graph import build_model, input_names
+from rlquant.deploy.onnx_graph import STATE, build_model, input_names
 from rlquant.deploy.onnx_runtime import OnnxRuntime, export_onnx
 from rlquant.deploy.program import Activate, Affine, Buffer, Linear, Program, Weight
 from rlquant.errors import InputError
@@ -57,7 +57,11 @@ def shown(x: dict[str, np.ndarray]) -> Any:
 
 
 def run_model(
-    model: Any, program: Program, x: dict[str, np.ndarray], level: str = LEVELS[-1]
+    model: Any,
+    program: Program,
+    x: dict[str, np.ndarray],
+    level: str = LEVELS[-1],
+    states: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Outputs and actions, in a plain session such as a user's."""
     options = onnxruntime.SessionOptions()
@@ -65,12 +69,17 @@ def run_model(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found: list[np.ndarray] = session.run(None, feed(program, x))
+    found: list[np.ndarray] = session.run(None, feed(program, x, states))
     return found
 
 
-def feed(program: Program, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: x[key] for key, name in input_names(program).items()}
+def feed(
+    program: Program, x: dict[str, np.ndarray], states: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    given = {name: x[key] for key, name in input_names(program).items()}
+    if program.states and states is None:
+        states = np.zeros((len(next(iter(x.values()))), program.state_size), np.float32)
+    return given | {STATE: states} if program.states else given
 
 
 def assert_same_bits(given: np.ndarray, expected: np.ndarray) -> None:
@@ -84,12 +93,15 @@ def test_shipped_agents_give_the_bits_of_the_reference(name: str, scheme: str) -
     program = compiled(name, scheme)
     assert program.is_integer
     x = observations(program, 1_000 if name == "cnn-catch" else 10_000)
-    expected = reference.run(program, x)
+    states = memories(program, len(next(iter(x.values()))))
+    start, before, after = states.copy(), states.copy(), states.copy()
+    expected = reference.run(program, x, after)
     runtime = OnnxRuntime(program)
-    assert_same_bits(runtime.outputs(shown(x)), expected)
-    np.testing.assert_array_equal(runtime.act_batch(shown(x)), program.head(expected))
+    assert_same_bits(runtime.outputs(shown(x), states), expected)
+    assert_same_bits(states, after)
+    np.testing.assert_array_equal(runtime.act_batch(shown(x), states=before), program.head(expected))
     for level in LEVELS:  # whoever loads the file may leave all optimisations on
-        outputs, actions = run_model(build_model(program), program, x, level)
+        outputs, actions, *_ = run_model(build_model(program), program, x, level, start)
         assert_same_bits(outputs, expected)
         np.testing.assert_array_equal(actions, program.head(expected))
 
@@ -98,20 +110,26 @@ def test_shipped_agents_give_the_bits_of_the_reference(name: str, scheme: str) -
 @given(programs())
 def test_any_program_gives_the_bits_of_the_reference(program: Program) -> None:
     x = observations(program, 10_000 if program.buffers[0].size < 20 else 1_000)
-    expected = reference.run(program, x)
+    states = memories(program, len(next(iter(x.values()))))
+    before, after = states.copy(), states.copy()
+    expected = reference.run(program, x, after)
     runtime = OnnxRuntime(program)
-    assert_same_bits(runtime.outputs(shown(x)), expected)
-    np.testing.assert_array_equal(runtime.act_batch(shown(x)), program.head(expected))
+    assert_same_bits(runtime.outputs(shown(x), states), expected)
+    assert_same_bits(states, after)
+    np.testing.assert_array_equal(runtime.act_batch(shown(x), states=before), program.head(expected))
 
 
 @hypothesis_settings
 @given(programs(widest=12))
 def test_onnx_reference_agrees(program: Program) -> None:
     """The evaluator of the ONNX project, which shares no code with ONNX Runtime."""
-    x = observations(program, 40)
-    expected = reference.run(program, x)
-    outputs, actions = onnx_reference.ReferenceEvaluator(build_model(program)).run(None, feed(program, x))
+    x, states = observations(program, 40), memories(program, 40)
+    given = feed(program, x, states.copy())
+    expected = reference.run(program, x, states)
+    outputs, actions, *kept = onnx_reference.ReferenceEvaluator(build_model(program)).run(None, given)
     assert_same_bits(outputs, expected)
+    for after in kept:
+        assert_same_bits(after, states)
     np.testing.assert_array_equal(actions, program.head(expected))
 
 
@@ -122,6 +140,7 @@ def test_one_observation_at_a_time_is_as_a_batch(program: Program, seed: int) ->
     runtime = OnnxRuntime(program)
     expected = runtime.act_batch(shown(x))
     for row in range(20):
+        runtime.reset()
         action = runtime.act(shown({key: part[row] for key, part in x.items()}))
         np.testing.assert_array_equal(action, expected[row])
         assert action.dtype == expected.dtype

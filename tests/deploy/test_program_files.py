@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from random_programs import observations, programs
+from random_programs import memories, observations, programs
 
 from rlquant.control import load
 from rlquant.control.compile import compile_agent
@@ -79,8 +79,9 @@ def rehashed(change: Callable[[dict[str, Any]], None]) -> dict[str, bytes]:
 @given(programs())
 def test_what_is_loaded_computes_what_was_saved(program: Program) -> None:
     loaded = program_from_files(program_files(program), "memory")
-    x = observations(program, 50)
-    np.testing.assert_array_equal(reference.run(loaded, x), reference.run(program, x))
+    x, (states, others) = observations(program, 50), (memories(program, 50), memories(program, 50))
+    np.testing.assert_array_equal(reference.run(loaded, x, states), reference.run(program, x, others))
+    np.testing.assert_array_equal(states, others)
     expected = program.head(reference.run(program, x))
     np.testing.assert_array_equal(loaded.head(reference.run(loaded, x)), expected)
     assert list(loaded.inputs.items()) == list(program.inputs.items())
@@ -210,6 +211,9 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("an unknown head", lambda d: d["head"].update(kind="eval"), "unknown head 'eval'"),
     ("a head of other size", lambda d: d["head"].update(outputs=4), "head's outputs"),
     ("no operations", lambda d: d.update(ops=[]), "nothing|operations"),
+    ("a memory before the inputs", lambda d: d.update(states=[[0, 4]]), "memory 0 is not buffer 1"),
+    ("a memory of integers", lambda d: d.update(states=[[1, 4]]), "memory 1 is not float32"),
+    ("text for the memory", lambda d: d.update(states=["ab"]), "memory 'a'"),
     ("no inputs", lambda d: d.update(inputs=[]), "input"),
     ("an input of other size", lambda d: d["inputs"][0].update(shape=[9]), "input"),
     ("a number for the operations", lambda d: d.update(ops=5), "describe"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_programs import observations, programs
+from random_programs import memories, observations, programs
 from shipped import SHIPPED
 
 from rlquant.control import Agent, Session, collect, load, make_env, quantize_agent
@@ -23,7 +24,18 @@ from rlquant.control.observation import FrameStack
 from rlquant.deploy import reference
 from rlquant.deploy.files import program_files, program_from_files
 from rlquant.deploy.head import ProgramHead, tanh32
-from rlquant.deploy.program import Activate, Affine, Buffer, Conv2d, Linear, Program, Table, Weight
+from rlquant.deploy.program import (
+    Activate,
+    Affine,
+    Buffer,
+    Conv2d,
+    Gates,
+    Linear,
+    OneHot,
+    Program,
+    Table,
+    Weight,
+)
 from rlquant.errors import InputError
 from rlquant.quant.activations import StaticQuantizer
 
@@ -38,11 +50,14 @@ f32 = np.float32
 # The formulas of the program's docstring, one number at a time. ------------------------------------------------
 
 
-def literal(program: Program, row: dict[str, np.ndarray]) -> list[Any]:
-    """Head outputs for one observation."""
+def literal(program: Program, row: dict[str, np.ndarray], state: np.ndarray) -> tuple[list[Any], list[Any]]:
+    """Head outputs for one observation, and what is remembered then."""
     buffers: list[list[Any]] = [[None] * buffer.size for buffer in program.buffers]
     for index, key in enumerate(program.inputs):
         buffers[index] = [f32(number) for number in row[key].ravel()]
+    numbers = iter(state)
+    for index, _ in program.states:
+        buffers[index] = [next(numbers) for _ in buffers[index]]
     for op in program.ops:
         source, target = program.buffers[op.source], program.buffers[op.target]
         x = buffers[op.source]
@@ -50,16 +65,44 @@ def literal(program: Program, row: dict[str, np.ndarray]) -> list[Any]:
             result = literal_affine(op, x, target.bits)
         elif isinstance(op, Table):
             result = [int(op.table[q]) for q in x]
+        elif isinstance(op, OneHot):
+            result = [f32(x[at] == value) for at, value in zip(op.order, op.value, strict=True)]
+        elif isinstance(op, Gates):
+            result = literal_cell(op.kind, x, buffers[op.memory])
         elif isinstance(op, Activate):
-            result = [
-                max(number, f32(0)) if op.kind == "ReLU" else tanh32(np.array([number]))[0] for number in x
-            ]
+            result = [max(number, f32(0)) if op.kind == "ReLU" else tanh(number) for number in x]
         else:
             result = literal_product(op, x, target.bits)
         start = getattr(op, "start", 0)
         buffers[op.target][start : start + len(result)] = result
         assert source.size == len(x)
-    return buffers[-1]
+    return buffers[-1], [number for _, after in program.states for number in buffers[after]]
+
+
+def tanh(x: Any) -> Any:
+    return tanh32(np.array([x], f32))[0]
+
+
+def sigmoid(x: Any) -> Any:
+    return f32(f32(f32(0.5) * tanh(f32(f32(0.5) * x))) + f32(0.5))
+
+
+def literal_cell(kind: str, shares: list[Any], memory: list[Any]) -> list[Any]:
+    """The equations of torch.nn.LSTMCell and torch.nn.GRUCell, unit by unit."""
+    hidden, cells = [], []
+    size = len(memory) // (2 if kind == "LSTM" else 1)
+    for unit in range(size):
+        parts = shares[unit::size]  # each gate's from the input, then each gate's from the hidden state
+        if kind == "LSTM":
+            i, f, g, o = (f32(parts[gate] + parts[4 + gate]) for gate in range(4))
+            kept = f32(sigmoid(f) * memory[size + unit])
+            cells.append(f32(kept + f32(sigmoid(i) * tanh(g))))
+            hidden.append(f32(sigmoid(o) * tanh(cells[-1])))
+        else:
+            r, z = (sigmoid(f32(parts[gate] + parts[3 + gate])) for gate in range(2))
+            n = tanh(f32(parts[2] + f32(r * parts[5])))
+            hidden.append(f32(f32(f32(f32(1) - z) * n) + f32(z * memory[unit])))
+    return hidden + cells
 
 
 def literal_affine(op: Affine, x: list[Any], bits: int) -> list[Any]:
@@ -130,10 +173,13 @@ def test_computes_the_formulas_to_the_bit(program: Program, seed: int) -> None:
     x = {
         key: np.concatenate([part, observations(program, 1, seed)[key]]) for key, part in x.items()
     }  # an extreme
-    given = reference.run(program, x)
+    before = memories(program, rows + 1, seed)
+    after = before.copy()
+    given = reference.run(program, x, after)
     for row in range(rows + 1):
-        expected = np.array(literal(program, {key: part[row] for key, part in x.items()}), f32)
-        np.testing.assert_array_equal(given[row].view(np.int32), expected.view(np.int32))
+        outputs, state = literal(program, {key: part[row] for key, part in x.items()}, before[row])
+        for found, expected in ((given[row], outputs), (after[row], state)):
+            np.testing.assert_array_equal(found.view(np.int32), np.array(expected, f32).view(np.int32))
 
 
 def test_rounds_half_to_even_and_adds_the_zero_point_after() -> None:
@@ -167,7 +213,7 @@ def test_each_float_operation_is_rounded() -> None:
         ProgramHead("argmax", size),
     )
     given = reference.run(program, {"": x[None]})[0]
-    np.testing.assert_array_equal(given, np.array(literal(program, {"": x}), f32))
+    np.testing.assert_array_equal(given, np.array(literal(program, {"": x}, x[:0])[0], f32))
     fused = (x.astype(np.float64) * gain + offset).astype(f32)
     assert (given != fused).mean() > 0.05
 
@@ -276,20 +322,38 @@ def distance_to_ties(agent: Agent, distances: list[float]) -> Iterator[None]:
         hook.remove()
 
 
-def by_torch(
-    agent: Agent, shown: dict[str, np.ndarray], starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Outputs, actions, and distances to the nearest tie, of the torch network step after step."""
+@dataclass
+class Played:
+    """What the torch network did step after step, how near it came to ties, and what it remembered before."""
+
+    outputs: np.ndarray
+    actions: np.ndarray
+    distances: np.ndarray
+    states: np.ndarray
+
+
+def by_torch(agent: Agent, shown: dict[str, np.ndarray], starts: np.ndarray) -> Played:
     session = Session(agent, rows=1, tile=1)
-    outputs, actions, distances = [], [], []
+    outputs, actions, states = [], [], []
+    distances: list[float] = []
     with distance_to_ties(agent, distances):
         for row, start in enumerate(starts):
             distances.append(1.0)
+            states.append(remembered(session) * (not start))
             actions.append(
                 session.act({key: part[row][None] for key, part in shown.items()}, np.array([start]))[0]
             )
             outputs.append(session.outputs[0].copy())
-    return np.stack(outputs), np.stack(actions), np.array(distances)
+    return Played(np.stack(outputs), np.stack(actions), np.array(distances), np.stack(states))
+
+
+def remembered(session: Session) -> np.ndarray:
+    """float32 ``[state_size]``: layer by layer, an LSTM's cell state after its hidden state."""
+    state = session._states[0]
+    if state is None:
+        return np.zeros(0, f32)
+    parts = state if isinstance(state, tuple) else (state,)
+    return np.stack([part[:, 0].numpy() for part in parts], axis=1).ravel()
 
 
 def stacked(agent: Agent, shown: dict[str, np.ndarray], starts: np.ndarray) -> dict[str, np.ndarray]:
@@ -316,23 +380,26 @@ def check_agent(source: str, scheme: str) -> None:
     except InputError as error:
         pytest.skip(str(error))
     program = program_from_files(program_files(program), "memory")
-    expected, actions, distances = by_torch(quantized, shown, starts)
-    given = reference.run(program, stacked(agent, shown, starts))
+    played = by_torch(quantized, shown, starts)
+    expected, actions, states = played.outputs, played.actions, played.states.copy()
+    given = reference.run(program, stacked(agent, shown, starts), states)
     taken = program.head(given)
     assert taken.dtype == actions.dtype
     assert taken.shape == actions.shape
     discrete = actions.dtype.kind == "i"
     if program.is_integer:  # as near to fp32 as the network of fake-quantized floats, ties or not
-        exact, _, _ = by_torch(agent, shown, starts)
+        exact = by_torch(agent, shown, starts).outputs
         assert rms(given - exact) < 1.1 * rms(expected - exact)
         assert not discrete or (taken == actions).reshape(STEPS, -1).all(axis=1).mean() >= 0.975
     if any(isinstance(op, Table) for op in program.ops):
         assert rms(given - expected) < 0.02 * rms(expected)
         return  # a table rounds before it looks up
-    free = distances > NEAR_A_TIE
+    free = played.distances > NEAR_A_TIE
     assert free.mean() > 0.15 or source not in SHIPPED
     size = np.abs(expected).max()
     np.testing.assert_allclose(given[free], expected[free], rtol=1e-5, atol=1e-5 * size)
+    going_on = free[:-1] & ~starts[1:]
+    np.testing.assert_allclose(states[:-1][going_on], played.states[1:][going_on], rtol=0, atol=1e-5)
     close = 0 if discrete else 1e-4 * np.abs(actions).max()
     np.testing.assert_allclose(taken[free], actions[free], rtol=0, atol=close)
 
