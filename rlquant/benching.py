@@ -13,7 +13,7 @@ from rlquant.errors import InputError
 from rlquant.runs import RunFolder, machine_info, package_versions
 
 if TYPE_CHECKING:
-    from rlquant.control.contest import Timing
+    from rlquant.control.contest import Contest
 
 __all__ = ["BenchOptions", "run_bench"]
 
@@ -31,6 +31,7 @@ class BenchOptions:
     seed: int
     normaliser: Path | None
     trust: bool
+    pin: bool
     out: Path | None
 
 
@@ -47,29 +48,36 @@ def run_bench(options: BenchOptions) -> None:
     if agent.precision != "fp32":
         raise InputError(f"{options.source} is quantized to {agent.precision} already; bench the fp32 agent")
     quantizer = Quantizer(agent, EnvPool(agent.env), seed=options.seed)
-    contenders, left_out = enter(quantizer, options.precisions, options.runtimes, method=options.method)
+    contenders, left_out = enter(
+        quantizer, options.precisions, options.runtimes, method=options.method, trust=options.trust
+    )
     for sentence in left_out:
         sys.stderr.write(f"rlquant: {sentence}\n")
-    timings = contest(quantizer, contenders, calls=options.calls, seed=options.seed)
+    timed = contest(quantizer, contenders, calls=options.calls, seed=options.seed, pin=options.pin)
     quantizer.pool.close()
     document = {
         "schema": "rlquant.bench/1",
         "subject": subject(agent),
         "machine": machine_info(),
         "versions": package_versions(),
-        "timings": plain(timings),
+        "state": {**plain(timed.machine), "remarks": timed.machine.remarks()},
+        "settings": {"calls": options.calls, "seed": options.seed, "method": options.method},
+        "control_rate_hz": timed.control_rate_hz,
+        "timings": plain(timed.timings),
         "left_out": left_out,
     }
     folder = RunFolder(options.out or default_folder(agent, "bench"), {"bench": subject(agent)})
     path = folder.write("bench.json", json.dumps(document, indent=1))
-    _show(timings, path)
+    _show(timed, path)
 
 
-def _show(timings: list[Timing], path: Path) -> None:
+def _show(timed: Contest, path: Path) -> None:
     from rich.console import Console
 
-    from rlquant.report import bench_table
+    from rlquant.report import bench_lines, bench_table
 
     console = Console(highlight=False)
-    console.print(bench_table(timings))
+    console.print(bench_table(timed, console.width))
+    for line in bench_lines(timed):
+        console.print(line, soft_wrap=True)
     console.print(f"\n{path}", style="dim", soft_wrap=True)

@@ -227,17 +227,27 @@ def bench(
     source: Source,
     precisions: Annotated[str, typer.Option("--precisions", help="Comma-separated schemes.")] = "fp32,w8a8",
     runtimes: Annotated[
-        str, typer.Option("--runtimes", help="Comma-separated: torch, native, onnx, reference.")
-    ] = "torch,onnx,native",
+        str,
+        typer.Option(
+            "--runtimes", help="Comma-separated: sb3 (model.predict), torch, native, onnx, reference."
+        ),
+    ] = "sb3,torch,onnx,native",
     method: Annotated[str, typer.Option("--method", help="Quantization method.")] = "rtn",
     calls: Annotated[int, typer.Option("--calls", help="Timed actions of each.")] = 5000,
+    pin: Annotated[
+        bool, typer.Option("--pin/--no-pin", help="Keep to one core meanwhile, where the system can.")
+    ] = True,
     env: EnvOption = None,
     seed: SeedOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/bench-NAME].")] = None,
 ) -> None:
-    """Time one action in each runtime at each precision, in turns: percentiles, first call, missed deadlines."""
+    """Time one action in each runtime at each precision, in turns.
+
+    Percentiles, jitter, the first call, missed deadlines, memory that a call allocates, and what else the
+    machine did meanwhile.
+    """
     from rlquant.benching import BenchOptions, run_bench
 
     run_bench(
@@ -251,6 +261,7 @@ def bench(
             seed=seed,
             normaliser=normaliser,
             trust=trust,
+            pin=pin,
             out=out,
         )
     )

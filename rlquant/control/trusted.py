@@ -23,7 +23,7 @@ from rlquant.control.sb3_zip import guess_by_fields, read_data
 from rlquant.control.spaces import Space
 from rlquant.errors import InputError
 
-__all__ = ["load_with_sb3", "sb3_class"]
+__all__ = ["load_with_sb3", "sb3_class", "sb3_model"]
 
 
 def sb3_class(algorithm: str) -> Any:
@@ -32,6 +32,25 @@ def sb3_class(algorithm: str) -> Any:
     import stable_baselines3
 
     return getattr(stable_baselines3, algorithm, None) or getattr(sb3_contrib, algorithm)
+
+
+def sb3_model(path: Path, **known: Any) -> tuple[Any, str]:
+    """The model of a checkpoint, loaded by SB3, and the name of its algorithm.
+
+    Args:
+        path: an SB3 zip from a trusted author: loading it runs whatever code it holds.
+        known: attributes that are given, not unpickled: those of old checkpoints name modules that are gone.
+
+    Raises:
+        InputError: SB3 cannot load it.
+    """
+    algorithm = guess_by_fields(read_data(path))
+    # Schedules that only training needs.
+    plain = {"lr_schedule": 0.0, "clip_range": 0.0, "learning_rate": 0.0, **known}
+    try:
+        return sb3_class(algorithm).load(path, device="cpu", custom_objects=plain), algorithm
+    except Exception as error:  # the file's own code may raise anything
+        raise InputError(f"{path} cannot be loaded as {algorithm}, even trusted: {error}") from None
 
 
 def load_with_sb3(path: Path, spec: EnvSpec, statistics: dict[str, Normaliser]) -> Agent:
@@ -45,16 +64,7 @@ def load_with_sb3(path: Path, spec: EnvSpec, statistics: dict[str, Normaliser]) 
     Raises:
         InputError: SB3 cannot load it, it has memory, or its observations are not one Box.
     """
-    algorithm = guess_by_fields(read_data(path))
-    plain = {
-        "lr_schedule": 0.0,
-        "clip_range": 0.0,
-        "learning_rate": 0.0,
-    }  # schedules that only training needs
-    try:
-        model = sb3_class(algorithm).load(path, device="cpu", custom_objects=plain)
-    except Exception as error:  # the file's own code may raise anything
-        raise InputError(f"{path} cannot be loaded as {algorithm}, even trusted: {error}") from None
+    model, algorithm = sb3_model(path)
     env = make_env(spec)
     raw, seen = Space.from_gym(env.observation_space), Space.from_gym(model.observation_space)
     env.close()

@@ -22,7 +22,7 @@ __all__ = ["AUTOMATIC", "Choice", "choose_runtime"]
 Array = NDArray[Any]
 
 AUTOMATIC = (*(name for name in RUNTIMES if name not in ("cuda", "reference")), "reference")
-"""What ``auto`` may take: no GPU, which is used where somebody asks for it; the reference where nothing else is right."""
+"""What ``auto`` may take: a GPU is only used where somebody asks for it; the reference where nothing else is right."""
 
 _EXACT_ACTIVATIONS = ("ReLU", "Tanh")
 _TOLERANCE = 1e-4  # of the largest output

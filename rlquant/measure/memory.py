@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["available_bytes", "peak_rss_bytes"]
+__all__ = ["available_bytes", "peak_rss_bytes", "rss_bytes"]
 
 
 def peak_rss_bytes() -> int | None:
@@ -23,6 +23,12 @@ def peak_rss_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def rss_bytes() -> int | None:
+    """The physical memory that this process holds now, or None where the system does not tell."""
+    kilobytes = _proc_kilobytes("/proc/self/status", "VmRSS")
+    return None if kilobytes is None else kilobytes * 1024
 
 
 def available_bytes() -> int | None:

@@ -1,11 +1,12 @@
 """From a results document to what a person reads: a terminal table and one self-contained HTML file."""
 
-from rlquant.report.bench import bench_table
+from rlquant.report.bench import bench_lines, bench_table
 from rlquant.report.html import render_report
 from rlquant.report.table import terminal_table, verdict_lines
 from rlquant.report.tuning import front_table, sensitivity_table
 
 __all__ = [
+    "bench_lines",
     "bench_table",
     "front_table",
     "render_report",
