@@ -145,6 +145,7 @@ def _check_affine(op: Affine, source: Buffer, target: Buffer) -> int:
         _array(name, array, np.float32, (1,) if array.size == 1 else (size,))
         _require(not np.isnan(array).any(), f"{name} holds NaN")
     _require(bool(np.isfinite(op.gain).all() and np.isfinite(op.offset).all()), "gain or offset is infinite")
+    _require(bool((op.gain > 0).all()), "a gain is not positive")  # 0 times infinity is no number
     _require(bool((op.low <= op.high).all()), "low is above high")
     if not target.is_float:
         fits = op.low.min() >= 0 and op.high.max() <= 2**target.bits - 1

@@ -83,15 +83,6 @@ def test_shipped_agents_give_the_bits_of_the_reference(name: str, scheme: str, l
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED[:-1])
-def test_ten_thousand_observations(name: str, libraries: Path) -> None:
-    program = compiled(name, "w8a8")
-    runtime = NativeRuntime(program, cache=libraries)
-    for seed in range(10):
-        assert_exact(program, runtime, observations(program, 1000, seed))
-
-
 @given(program=programs())
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_program_gives_the_bits_of_the_reference(program: Program, libraries: Path) -> None:

@@ -246,6 +246,10 @@ def test_tensors_of_other_types_and_values_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             program_from_files(program_files(with_last(**bad)), "policy")
+    flat = example()
+    flat.ops[0].gain[:] = 0  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="a gain is not positive"):
+        program_from_files(program_files(flat), "policy")
 
 
 def test_unreadable_and_unwritable_places_are_named(tmp_path: Path) -> None:
