@@ -68,25 +68,21 @@ class RealTime(gym.Wrapper):
             that arrives late may be forbidden by then.
         latency_us: microseconds from observation to action, a number or an array ``[n]`` of measured ones.
         control_rate_hz: periods a second; by default what a MuJoCo environment simulates.
-        slowdown: factor on the latencies, such as 200 for a chip 200 times slower.
 
     Attributes:
         timing: of the present episode.
 
     Raises:
-        InputError: no latency or one that is negative or no number, no control rate, a rate or slowdown that is
-            not positive, or another kind of actions.
+        InputError: no latency or one that is negative or no number, no control rate or one that is not positive,
+            or another kind of actions.
     """
 
-    def __init__(
-        self, env: gym.Env, latency_us: Any, control_rate_hz: float | None = None, *, slowdown: float = 1.0
-    ) -> None:
+    def __init__(self, env: gym.Env, latency_us: Any, control_rate_hz: float | None = None) -> None:
         super().__init__(env)
         rate = _simulated_rate(env) if control_rate_hz is None else control_rate_hz
-        for name, value in (("control rate", rate), ("slowdown", slowdown)):
-            if not (np.isfinite(value) and value > 0):
-                raise InputError(f"the {name} must be a positive number, not {value}")
-        latencies = slowdown * np.atleast_1d(np.asarray(latency_us, np.float64))
+        if not (np.isfinite(rate) and rate > 0):
+            raise InputError(f"the control rate must be a positive number, not {rate}")
+        latencies = np.atleast_1d(np.asarray(latency_us, np.float64))
         if latencies.ndim != 1 or latencies.size == 0 or not ((latencies >= 0) & (latencies < 1e15)).all():
             raise InputError(
                 "latencies must be a number or a list of numbers of microseconds, each 0 or more and below 1e15"

@@ -229,7 +229,13 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     """Write the results and show them."""
     from rich.console import Console
 
-    from rlquant.report import render_report, terminal_table, verdict_lines
+    from rlquant.report import (
+        realtime_sentences,
+        realtime_table,
+        render_report,
+        terminal_table,
+        verdict_lines,
+    )
 
     report = folder.write("report.html", render_report(document))
     folder.write("results.json", json.dumps(document, indent=1))  # last: its presence says that all is there
@@ -237,6 +243,12 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     console.print(terminal_table(document, console.width))
     for line in verdict_lines(document):
         console.print(line)
+    in_real_time = realtime_table(document)
+    if in_real_time is not None:
+        console.print()
+        console.print(in_real_time)
+        for sentence in realtime_sentences(document):
+            console.print(sentence)
     console.print(f"\n{folder.path / 'results.json'}\n{report}", style="dim", soft_wrap=True)
 
 

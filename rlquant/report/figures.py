@@ -15,7 +15,7 @@ import numpy as np
 
 from rlquant.report.wording import row_labels, row_verdict, words
 
-__all__ = ["figures", "pareto_front"]
+__all__ = ["COLOURS", "SYMBOLS", "blank_figure", "figures", "pareto_front", "plain_figure"]
 
 COLOURS = {"reference": "#475569", "retained": "#15803d", "undecided": "#b45309", "lost": "#c81e1e"}
 SYMBOLS = {"reference": "square", "retained": "circle", "undecided": "diamond", "lost": "x"}
@@ -39,8 +39,10 @@ def figures(document: dict[str, Any]) -> dict[str, Any]:
         for row, label in zip(document["rows"], row_labels(document["rows"]), strict=True)
         if row.get("weights")
     }
-    plain = {name: _plain(figure) for name, figure in drawn.items()}
-    return plain | {"weights": {label: [_plain(f) for f in layers] for label, layers in weights.items()}}
+    plain = {name: plain_figure(figure) for name, figure in drawn.items()}
+    return plain | {
+        "weights": {label: [plain_figure(f) for f in layers] for label, layers in weights.items()}
+    }
 
 
 def pareto_front(cost: Sequence[float], score: Sequence[float]) -> list[int]:
@@ -52,11 +54,13 @@ def pareto_front(cost: Sequence[float], score: Sequence[float]) -> list[int]:
     return front
 
 
-def _plain(figure: Any) -> Any:
+def plain_figure(figure: Any) -> Any:
+    """A Plotly figure as plain JSON."""
     return json.loads(figure.to_json())
 
 
-def _figure(height: int, **layout: Any) -> Any:
+def blank_figure(height: int, **layout: Any) -> Any:
+    """A figure with nothing drawn, in the look that all figures share."""
     from plotly import graph_objects as go
 
     axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": _MUTED, "automargin": True}
@@ -88,7 +92,7 @@ def _retention(document: dict[str, Any]) -> Any:
     """Forest plot: the retention of each row with its interval, and the lines it is judged by."""
     labelled = _labelled(document)
     line = 1 - document["settings"]["margin"]
-    figure = _figure(
+    figure = blank_figure(
         96 + 34 * len(labelled),
         xaxis={"title": {"text": f"share of the {words(document).kept} kept"}, "tickformat": "~%"},
         yaxis={
@@ -161,7 +165,7 @@ def _against_latency(document: dict[str, Any]) -> Any:
 def _against(document: dict[str, Any], points: list[tuple[Any, str, str, float, bool]], title: str) -> Any:
     """Mean score against a cost. Simulated points are hollow and stay out of the Pareto front."""
     costs = [cost for *_, cost, _ in points]
-    figure = _figure(
+    figure = blank_figure(
         400,
         xaxis={"title": {"text": title}} | _cost_axis(costs),
         yaxis={"title": {"text": f"mean {words(document).score}"}},
@@ -231,7 +235,7 @@ def _episodes(document: dict[str, Any]) -> Any:
     """Box and points per row; a seed has one horizontal offset in all rows, and a line joins its scores."""
     labelled, term = _labelled(document), words(document)
     scores = [row["score"]["episodes"] for row, _, _ in labelled]
-    figure = _figure(
+    figure = blank_figure(
         420,
         xaxis={
             "tickvals": list(range(len(labelled))),
@@ -286,7 +290,7 @@ def _weights(layers: list[dict[str, Any]]) -> list[Any]:
 
 def _histogram(layer: dict[str, Any]) -> Any:
     sqnr = "" if layer["sqnr_db"] is None else f" · {layer['sqnr_db']:.1f} dB"
-    figure = _figure(
+    figure = blank_figure(
         190, title={"text": escape(layer["layer"]) + sqnr, "font": {"size": 13}, "y": 0.97}, bargap=0
     )
     edges = np.asarray(layer["edges"])

@@ -9,6 +9,13 @@ from importlib.resources import files
 from typing import Any
 
 from rlquant.measure import validate_results
+from rlquant.report.realtime import (
+    factor_text,
+    realtime_entries,
+    realtime_figures,
+    realtime_sentences,
+    time_text,
+)
 from rlquant.report.wording import (
     UNDEFINED,
     bytes_text,
@@ -48,17 +55,24 @@ def render_report(document: dict[str, Any]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=number_text, percent=percent_text, size=bytes_text, interval=interval_text
+        number=number_text,
+        percent=percent_text,
+        size=bytes_text,
+        interval=interval_text,
+        time=time_text,
+        factor=factor_text,
     )
     rows = document["rows"]
     scripts = {"plotly_js": get_plotlyjs(), "plots_js": _asset("plots.js")}
-    drawn = figures(document)
+    drawn = figures(document) | realtime_figures(document)
     return environment.from_string(_asset("template.html.jinja")).render(
         document=document,
         words=words(document),
         findings=findings(document),
         rows=list(zip(rows, row_labels(rows), [row_verdict(document, row) for row in rows], strict=True)),
         drawn=drawn,
+        realtime=realtime_entries(document),
+        realtime_sentences=realtime_sentences(document),
         layers_left_out=any(len(row.get("weights", ())) > MAX_LAYERS for row in rows),
         max_layers=MAX_LAYERS,
         figures_json=_script_json(drawn),

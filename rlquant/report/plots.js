@@ -3,7 +3,7 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const config = { responsive: true, displaylogo: false, displayModeBar: false };
 
-for (const name of ["retention", "size", "latency", "episodes"]) {
+for (const name of ["retention", "size", "latency", "slowdown", "action_time", "episodes"]) {
   const place = document.getElementById("figure-" + name);
   if (place) Plotly.newPlot(place, figures[name].data, figures[name].layout, config);
 }
