@@ -92,19 +92,16 @@ def realtime_sentences(document: dict[str, Any]) -> list[str]:
 
 
 def _sentence(label: str, entries: Sequence[Entry], kept: str) -> str:
-    count = next(
-        (i for i, entry in enumerate(entries) if entry["retention"]["verdict"] != "retained"), len(entries)
-    )
-    if count == len(entries):
-        return f"{label} keeps the {kept} in real time up to {_speed(entries[-1])}."
-    fails = entries[count]
-    value = fails["retention"]["value"]
-    share = "it cannot be judged" if value is None else f"it keeps {percent_text(value)}"
-    if fails["retention"]["verdict"] == "undecided":
-        share += ", undecided"
+    """Up to where nothing is lost, and what is kept at the first loss."""
+    verdicts = [entry["retention"]["verdict"] for entry in entries]
+    count = verdicts.index("lost") if "lost" in verdicts else len(entries)
+    share = percent_text(entries[count]["retention"]["value"]) if count < len(entries) else ""
     if count == 0:
-        return f"{label} does not surely keep the {kept} in real time even at {_speed(fails)}: {share}."
-    return f"{label} keeps the {kept} in real time up to {_speed(entries[count - 1])}; at {_speed(fails)} {share}."
+        return f"{label} keeps {share} of the {kept} in real time even at {_speed(entries[0])}."
+    last = entries[count - 1]
+    surely = "keeps" if set(verdicts[:count]) == {"retained"} else "may keep (undecided)"
+    sentence = f"{label} {surely} the {kept} in real time up to {_speed(last)}"
+    return f"{sentence}; at {_speed(entries[count])} it keeps {share}." if share else f"{sentence}."
 
 
 def _speed(entry: Entry) -> str:

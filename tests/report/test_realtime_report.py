@@ -51,8 +51,21 @@ def test_a_sentence_says_how_slow_the_chip_may_be():
     assert realtime_sentences(in_real_time(KEPT)) == [
         "fp32 keeps the reward in real time up to 200x (80 µs an action); at 5,000x (2 ms an action) it keeps 37.2%.",
         "w8a8 keeps the reward in real time up to 5,000x (2 ms an action).",
-        "w4a8 does not surely keep the reward in real time even at 1x (0.4 µs an action): it keeps 47.7%.",
+        "w4a8 keeps 47.7% of the reward in real time even at 1x (0.4 µs an action).",
     ]
+
+
+def test_a_sentence_does_not_hide_that_nothing_is_decided():
+    document = in_real_time({"fp32": {1: 1.0, 50: 1.0, 200: 0.1}})
+    retention = document["rows"][0]["realtime"][1]["retention"]
+    retention["verdict"] = "undecided"
+    (sentence,) = realtime_sentences(document)
+    assert sentence.startswith(
+        "fp32 may keep (undecided) the reward in real time up to 50x (20 µs an action); at 200x"
+    )
+    del document["rows"][0]["realtime"][2]
+    (sentence,) = realtime_sentences(document)
+    assert sentence == "fp32 may keep (undecided) the reward in real time up to 50x (20 µs an action)."
 
 
 def test_the_table_fits_a_terminal():
