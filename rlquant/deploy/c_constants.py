@@ -105,19 +105,26 @@ def interleave(values: Array, bits: int, group: int) -> Array:
         group: columns of a group of scales; each begins with a new unit.
 
     Returns:
-        uint8: blocks of 16 rows; float32 ``[columns][16]`` in a block, or units of packed ``[16][4]`` codes.
+        uint8: blocks of 16 rows, the last one of what is left; float32 ``[columns][16]`` in a block, or units of
+        packed ``[16][4]`` codes.
     """
-    rows, columns = values.shape
-    padded = np.zeros((-(-rows // 16) * 16, columns), values.dtype)
-    padded[:rows] = values
-    blocks = padded.reshape(-1, 16, columns)
+    whole = len(values) // 16 * 16
+    parts = [(values[:whole], 16), (values[whole:], len(values) - whole)]
+    return np.concatenate([_interleaved(part, rows, bits, group) for part, rows in parts if len(part)])
+
+
+def _interleaved(values: Array, rows: int, bits: int, group: int) -> Array:
+    """Blocks of ``rows`` rows."""
+    columns = values.shape[1]
+    blocks = values.reshape(-1, rows, columns)
     if bits == 32:
         return np.ascontiguousarray(blocks.transpose(0, 2, 1), np.float32).view(np.uint8).ravel()
     span = 4 * steps_per_unit(bits)
     parts = [_padded(blocks[:, :, i : i + group], span) for i in range(0, columns, group)]
-    units = np.concatenate(parts, axis=2).reshape(len(blocks), 16, -1, span // 4, 4)
-    codes = (units.transpose(0, 2, 3, 1, 4) & (2**bits - 1)).astype(np.uint8)  # [blocks, units, steps, 16, 4]
-    return np.concatenate(_planes(codes.reshape(len(blocks), -1, span // 4, 64), bits), axis=2).ravel()
+    units = np.concatenate(parts, axis=2).reshape(len(blocks), rows, -1, span // 4, 4)
+    codes = (units.transpose(0, 2, 3, 1, 4) & (2**bits - 1)).astype(np.uint8)  # [blocks, units, steps, rows, 4]
+    lanes = codes.reshape(len(blocks), -1, span // 4, 4 * rows)
+    return np.concatenate(_planes(lanes, bits), axis=2).ravel()
 
 
 def _padded(part: Array, span: int) -> Array:
@@ -125,14 +132,14 @@ def _padded(part: Array, span: int) -> Array:
 
 
 def _planes(codes: Array, bits: int) -> list[Array]:
-    """uint8 ``[blocks, units, bytes]`` for each plane of codes ``[blocks, units, steps, 64]``."""
+    """uint8 ``[blocks, units, bytes]`` for each plane of codes ``[blocks, units, steps, lane]``."""
     if bits == 8:
         return [codes.reshape(*codes.shape[:2], -1)]
     planes, done = [], 0
     for width in (4, 2, 1):
         if bits & width:
             pieces = (codes >> done) & (2**width - 1)
-            fields = pieces.reshape(*codes.shape[:2], -1, 8 // width, 64)
+            fields = pieces.reshape(*codes.shape[:2], -1, 8 // width, codes.shape[3])
             shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
             planes.append((fields << shifts).sum(axis=3, dtype=np.uint8).reshape(*codes.shape[:2], -1))
             done += width

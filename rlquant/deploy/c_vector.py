@@ -31,10 +31,10 @@ class VectorProducts:
         self._plain = PlainProducts(program, constants, FloatNumbers(program, constants))
         ours = [op for op in program.ops if isinstance(op, Linear) and _fits(op)]
         wide = [op for op in ours if 8 < program.buffers[op.source].bits < 32]
-        rows = max((_whole(op.weight.rows) for op in ours), default=16)
-        halves = max((_MOST_TOGETHER * op.weight.columns for op in wide), default=0) + MARGIN
+        rows = max((_together(op) * _whole(op.weight.rows) for op in ours), default=16)
+        halves = max((_together(op) * op.weight.columns for op in wide), default=0) + MARGIN
         self.members = [
-            f"float result[{_MOST_TOGETHER * rows}]",
+            f"float result[{rows}]",
             f"uint8_t lower[{halves}], upper[{halves}]",
             *patch_members(program, _MOST_TOGETHER, MARGIN),
         ]
@@ -114,6 +114,11 @@ class VectorProducts:
 def _fits(op: Linear) -> bool:
     blocks = op.blocks if isinstance(op, Conv2d) else 1
     return blocks == 1 and (op.weight.bits <= 8 or op.weight.bits == 32)
+
+
+def _together(op: Linear) -> int:
+    """Rows of activations that are multiplied at once, at most."""
+    return _MOST_TOGETHER if isinstance(op, Conv2d) else 1
 
 
 def _whole(rows: int) -> int:

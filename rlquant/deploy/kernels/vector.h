@@ -2,6 +2,8 @@
  *
  * Weights lie in blocks of 16 rows; a block runs over "steps" of 4 columns, [16][4] codes each, so that one
  * 512-bit vpdpbusd (or two 256-bit pairs of vpmaddwd, ...) multiplies a step by 4 activations of 8 bits.
+ * The last block may have fewer rows, and so fewer bytes in a step (`lane`, else 64): it is multiplied like the
+ * others, by whatever follows, and nobody looks at those results.
  * Codes of fewer than 8 bits stay packed: `per` steps form a unit of bit planes 4, 2 and 1 bits wide, and plane
  * after plane, step s of a plane of b bits lies at bits (s * b) % 8 of the vector (s * b) / 8 of that plane.
  * Every way to multiply gives the same integers; floats are added in one order per target, not in all.
@@ -96,8 +98,8 @@ INLINE int steps_per_unit(const int bits)
     return bits == 8 ? 1 : bits & 1 ? 8 : bits & 2 ? 4 : 2;
 }
 
-/* signed codes, 4 in each lane, of one step of a unit */
-INLINE i32v codes(const int bits, const uint8_t *unit, const int step, const int part)
+/* signed codes, 4 for each row, of one step of a unit */
+INLINE i32v codes(const int bits, const int lane, const uint8_t *unit, const int step, const int part)
 {
     const int per = steps_per_unit(bits);
     u8v joined = {0};
@@ -105,7 +107,7 @@ INLINE i32v codes(const int bits, const uint8_t *unit, const int step, const int
     if (bits == 8) return load_i32(unit + part * WIDTH);
     UNROLL for (int width = 4; width > 0; width >>= 1) {
         if (!(bits & width)) continue;
-        const uint8_t *plane = unit + 8 * per * done + 64 * (step * width / 8) + part * WIDTH;
+        const uint8_t *plane = unit + lane * per * done / 8 + lane * (step * width / 8) + part * WIDTH;
         u8v piece = (u8v)((u16v)load_i32(plane) >> (step * width % 8)) & (uint8_t)((1 << width) - 1);
         joined |= (u8v)((u16v)piece << done);
         done += width;
@@ -116,12 +118,13 @@ INLINE i32v codes(const int bits, const uint8_t *unit, const int step, const int
 
 /* y[p][0 .. 16 * blocks) = ((sum_k w x[p][k] + corrections) * gain, summed over groups) + bias
  * for `many` rows of x. Where x has more than 8 bits, x_high holds the upper bytes. */
-INLINE void integer_tile(const int many, const int blocks, const int bits, const int columns, const int group,
-                         const uint8_t *x, const uint8_t *x_high, const long x_step, const uint8_t *w,
+INLINE void integer_tile(const int many, const int blocks, const int bits, const int lane, const int columns,
+                         const int group, const uint8_t *x, const uint8_t *x_high, const long x_step, const uint8_t *w,
                          const int32_t *corrections, const float *gain, const float *bias, float *y,
                          const long y_step)
 {
-    const int per = steps_per_unit(bits), unit_bytes = 8 * bits * per, groups = (columns + group - 1) / group;
+    const int per = steps_per_unit(bits), unit_bytes = lane * bits * per / 8;
+    const int groups = (columns + group - 1) / group;
     const int group_units = (group + 4 * per - 1) / (4 * per);
     const int last_units = (columns - (groups - 1) * group + 4 * per - 1) / (4 * per);
     const long block_bytes = (long)((groups - 1) * group_units + last_units) * unit_bytes;
@@ -143,7 +146,7 @@ INLINE void integer_tile(const int many, const int blocks, const int bits, const
         UNROLL for (int s = 0; s < per; ++s)
         UNROLL for (int h = 0; h < PARTS; ++h)
         UNROLL for (int r = 0; r < blocks; ++r) {
-            i32v now = codes(bits, w + r * block_bytes + (long)(u + c) * unit_bytes, s, h);
+            i32v now = codes(bits, lane, w + r * block_bytes + (long)(u + c) * unit_bytes, s, h);
             UNROLL for (int p = 0; p < many; ++p) {
                 const long at = p * x_step + g * group + 4 * ((u + c) * per + s);
                 sum[p][r][h][c] = dot(sum[p][r][h][c], four_everywhere(x + at), now);
@@ -154,7 +157,7 @@ INLINE void integer_tile(const int many, const int blocks, const int bits, const
         for (; u < units; ++u)
         UNROLL for (int h = 0; h < PARTS; ++h)
         UNROLL for (int r = 0; r < blocks; ++r) {
-            i32v now = codes(bits, w + r * block_bytes + (long)u * unit_bytes, 0, h);
+            i32v now = codes(bits, lane, w + r * block_bytes + (long)u * unit_bytes, 0, h);
             UNROLL for (int p = 0; p < many; ++p) {
                 const long at = p * x_step + g * group + 4 * u;
                 sum[p][r][h][0] = dot(sum[p][r][h][0], four_everywhere(x + at), now);
@@ -181,15 +184,15 @@ INLINE void integer_tile(const int many, const int blocks, const int bits, const
 }
 
 /* The same for float x: float32 weights lie as [columns][16] in a block, codes as above. */
-INLINE void float_tile(const int many, const int blocks, const int bits, const int columns, const int group,
-                       const float *x, const long x_step, const uint8_t *w, const float *gain, const float *bias,
+INLINE void float_tile(const int many, const int blocks, const int bits, const int lane, const int columns,
+                       const int group, const float *x, const long x_step, const uint8_t *w, const float *gain, const float *bias,
                        float *y, const long y_step)
 {
     const int per = steps_per_unit(bits), groups = (columns + group - 1) / group;
-    const int span = 4 * per, unit_bytes = 8 * bits * per;
+    const int span = 4 * per, unit_bytes = lane * bits * per / 8;
     const int group_units = (group + span - 1) / span;
     const int last_units = (columns - (groups - 1) * group + span - 1) / span;
-    const long block_bytes = bits == 32 ? 64L * columns : (long)((groups - 1) * group_units + last_units) * unit_bytes;
+    const long block_bytes = bits == 32 ? (long)lane * columns : (long)((groups - 1) * group_units + last_units) * unit_bytes;
     const int chains = bits == 32 && many * blocks < 4 ? 4 / (many * blocks) : 1;
     f32v total[4][4][PARTS];
     for (int g = 0; g < groups; ++g) {
@@ -205,14 +208,14 @@ INLINE void float_tile(const int many, const int blocks, const int bits, const i
             UNROLL for (int c = 0; c < chains; ++c)
             UNROLL for (int h = 0; h < PARTS; ++h)
             UNROLL for (int r = 0; r < blocks; ++r) {
-                f32v now = load_f32((const float *)(w + r * block_bytes) + 16 * (k + c) + h * (WIDTH / 4));
+                f32v now = load_f32((const float *)(w + r * block_bytes + lane * (k + c)) + h * (WIDTH / 4));
                 UNROLL for (int p = 0; p < many; ++p)
                     sum[p][r][h][c] = multiply_add((f32v){0} + x[p * x_step + k + c], now, sum[p][r][h][c]);
             }
             for (; k < end; ++k)
             UNROLL for (int h = 0; h < PARTS; ++h)
             UNROLL for (int r = 0; r < blocks; ++r) {
-                f32v now = load_f32((const float *)(w + r * block_bytes) + 16 * k + h * (WIDTH / 4));
+                f32v now = load_f32((const float *)(w + r * block_bytes + lane * k) + h * (WIDTH / 4));
                 UNROLL for (int p = 0; p < many; ++p)
                     sum[p][r][h][0] = multiply_add((f32v){0} + x[p * x_step + k], now, sum[p][r][h][0]);
             }
@@ -222,7 +225,7 @@ INLINE void float_tile(const int many, const int blocks, const int bits, const i
             UNROLL for (int s = 0; s < per; ++s)
             UNROLL for (int h = 0; h < PARTS; ++h)
             UNROLL for (int r = 0; r < blocks; ++r) {
-                i32v now = codes(bits, unit + r * block_bytes, s, h);
+                i32v now = codes(bits, lane, unit + r * block_bytes, s, h);
                 UNROLL for (int j = 0; j < 4; ++j) {
                     if (k + 4 * s + j >= end) continue;
                     f32v code = __builtin_convertvector((now << (24 - 8 * j)) >> 24, f32v);
@@ -248,6 +251,7 @@ INLINE void float_tile(const int many, const int blocks, const int bits, const i
     }
 }
 
+/* of whole blocks */
 INLINE long bytes_per_block(const int bits, const int columns, const int group)
 {
     const int span = 4 * steps_per_unit(bits), groups = (columns + group - 1) / group;
@@ -261,16 +265,17 @@ INLINE void integer_product(const int many, const int rows, const int bits, cons
                             const int32_t *corrections, const float *gain, const float *bias, float *y,
                             const long y_step)
 {
-    const int blocks = (rows + 15) / 16, groups = (columns + group - 1) / group;
+    const int blocks = rows / 16, groups = (columns + group - 1) / group;
     const long bytes = bytes_per_block(bits, columns, group);
     int r = 0;
-#define BLOCKS(count)                                                                                           \
-    integer_tile(many, count, bits, columns, group, x, x_high, x_step, w + r * bytes,                           \
+#define BLOCKS(count, lane)                                                                                     \
+    integer_tile(many, count, bits, lane, columns, group, x, x_high, x_step, w + r * bytes,                           \
                  corrections ? corrections + 16 * groups * r : 0, gain + 16 * groups * r, bias + 16 * r,        \
                  y + 16 * r, y_step)
-    for (; r + TILE <= blocks; r += TILE) BLOCKS(TILE);
-    if (TILE > 2 && blocks % TILE >= 2) { BLOCKS(2); r += 2; }
-    if (TILE > 1 && blocks % 2 == 1) BLOCKS(1);
+    for (; r + TILE <= blocks; r += TILE) BLOCKS(TILE, 64);
+    if (TILE > 2 && blocks % TILE >= 2) { BLOCKS(2, 64); r += 2; }
+    if (TILE > 1 && blocks % 2 == 1) { BLOCKS(1, 64); ++r; }
+    if (rows % 16) BLOCKS(1, rows % 16 * 4);
 #undef BLOCKS
 }
 
@@ -278,14 +283,15 @@ INLINE void float_product(const int many, const int rows, const int bits, const 
                           const float *x, const long x_step, const uint8_t *w, const float *gain,
                           const float *bias, float *y, const long y_step)
 {
-    const int blocks = (rows + 15) / 16, groups = (columns + group - 1) / group;
+    const int blocks = rows / 16, groups = (columns + group - 1) / group;
     const long bytes = bytes_per_block(bits, columns, group);
     int r = 0;
-#define BLOCKS(count)                                                                                           \
-    float_tile(many, count, bits, columns, group, x, x_step, w + r * bytes, gain + 16 * groups * r,             \
+#define BLOCKS(count, lane)                                                                                     \
+    float_tile(many, count, bits, lane, columns, group, x, x_step, w + r * bytes, gain + 16 * groups * r,             \
                bias + 16 * r, y + 16 * r, y_step)
-    for (; r + TILE <= blocks; r += TILE) BLOCKS(TILE);
-    if (TILE > 2 && blocks % TILE >= 2) { BLOCKS(2); r += 2; }
-    if (TILE > 1 && blocks % 2 == 1) BLOCKS(1);
+    for (; r + TILE <= blocks; r += TILE) BLOCKS(TILE, 64);
+    if (TILE > 2 && blocks % TILE >= 2) { BLOCKS(2, 64); r += 2; }
+    if (TILE > 1 && blocks % 2 == 1) { BLOCKS(1, 64); ++r; }
+    if (rows % 16) BLOCKS(1, rows % 16 * 4);
 #undef BLOCKS
 }
