@@ -26,10 +26,10 @@ from rlquant.deploy.c_memory import layout
 from rlquant.deploy.c_source import generate
 from rlquant.deploy.c_vector import VectorProducts
 from rlquant.deploy.program import Program
-from rlquant.deploy.runtime import checked, checked_states
+from rlquant.deploy.runtime import checked_states, flattened
 from rlquant.errors import InputError
 
-__all__ = ["NativeRuntime", "native_source"]
+__all__ = ["NativeRuntime", "caller_module", "native_source"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -71,7 +71,7 @@ class NativeRuntime:
         self._action = (np.dtype(_ACTION_DTYPES[kind]), program.head.action_shape)
         self._prepare()
         self._fast = self._prepared
-        caller = _caller_module(cache) if list(program.inputs) == [""] else None
+        caller = caller_module(cache) if list(program.inputs) == [""] else None
         if caller is not None:
             address = ctypes.cast(self._run, ctypes.c_void_p).value
             arrays = (self.constants, self._memory, self._states)
@@ -118,7 +118,7 @@ class NativeRuntime:
 
     def _run_batch(self, observations: Any, masks: Any, states: Floats | None) -> tuple[Array, Floats]:
         """Actions and outputs."""
-        flat = self._flat(observations, batch=True)
+        flat = flattened(self.program, observations)
         states = checked_states(self.program, states, len(flat))
         actions = np.empty((len(flat), *self._action[1]), self._action[0])
         outputs = np.empty((len(flat), self.program.head.outputs), np.float32)
@@ -153,22 +153,10 @@ class NativeRuntime:
         return self._one.copy()[()]
 
     def _slow(self, observation: Any, masks: Any = None) -> Any:
-        flat = self._flat(observation, batch=False)
+        flat = flattened(self.program, observation, batch=False)
         actions = np.empty((1, *self._action[1]), self._action[0])
         self._call(flat, masks, actions, None, self._states)
         return actions[0]
-
-    def _flat(self, observations: Any, *, batch: bool) -> NDArray[np.float32]:
-        """float32 ``[n, size]``: all keys side by side."""
-        given = checked(self.program, observations, batch=batch)
-        if batch and len({len(part) for part in given.values()}) > 1:
-            raise InputError(
-                f"the keys differ in observations: { {key: len(x) for key, x in given.items()} }"
-            )
-        rows = len(next(iter(given.values()))) if batch else 1
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and saturates
-            parts = [part.reshape(rows, -1).astype(np.float32, copy=False) for part in given.values()]
-        return np.ascontiguousarray(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
     def _call(
         self, flat: Array, masks: Any, actions: Array, outputs: Array | None, states: Array | None
@@ -216,7 +204,7 @@ def _aligned(size: int) -> Array:
 
 
 @memoize
-def _caller_module(cache: Path | None) -> Any:
+def caller_module(cache: Path | None) -> Any:
     """The extension module that calls a policy, or None where it cannot be built."""
     include = sysconfig.get_paths()["include"]
     if not (Path(include) / "Python.h").exists():

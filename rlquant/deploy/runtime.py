@@ -12,7 +12,7 @@ from rlquant.deploy import reference
 from rlquant.deploy.program import Program
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "checked_states", "make_runtime"]
+__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "checked_states", "flattened", "make_runtime"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -22,9 +22,10 @@ _CLASSES = {
     "native": "rlquant.deploy.native:NativeRuntime",
     "onnx": "rlquant.deploy.onnx_runtime:OnnxRuntime",
     "reference": "rlquant.deploy.runtime:ReferenceRuntime",
+    "cuda": "rlquant.deploy.cuda:CudaRuntime",
 }
 RUNTIMES = tuple(_CLASSES)
-"""From the fastest to the slowest."""
+"""From the fastest to the slowest; ``cuda``, which needs a GPU, comes last."""
 
 
 class Runtime(Protocol):
@@ -93,6 +94,21 @@ def checked(program: Program, observations: Observation, *, batch: bool = True) 
         if arrays[key].dtype.kind == "f" and np.isnan(arrays[key]).any():
             raise InputError(f"{what} holds NaN; no action was taken")
     return arrays
+
+
+def flattened(program: Program, observations: Observation, *, batch: bool = True) -> Floats:
+    """Observations float32 ``[n, size]``, all keys side by side; one row where ``batch`` is False.
+
+    Raises:
+        InputError: as :func:`checked`; or keys that differ in observations.
+    """
+    given = checked(program, observations, batch=batch)
+    if batch and len({len(part) for part in given.values()}) > 1:
+        raise InputError(f"the keys differ in observations: { {key: len(x) for key, x in given.items()} }")
+    rows = len(next(iter(given.values()))) if batch else 1
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and saturates
+        parts = [part.reshape(rows, -1).astype(np.float32, copy=False) for part in given.values()]
+    return np.ascontiguousarray(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
 
 def checked_states(program: Program, states: Floats | None, rows: int) -> Floats | None:

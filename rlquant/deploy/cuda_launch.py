@@ -1,0 +1,170 @@
+"""A generated program on its device: the compiled kernels, what they read, and CUDA graphs of a launch."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from rlquant.deploy.c_build import cache_folder
+from rlquant.deploy.cuda_constants import power_of_two
+from rlquant.deploy.cuda_source import CudaSource, generate
+from rlquant.deploy.program import Program
+from rlquant.errors import InputError
+
+__all__ = ["Kernels", "check_device", "graph_of"]
+
+_OTHERS = "runtimes that can: native, onnx, reference"
+_INBOX_BLOCK = 1024  # words of a request that are looked at at once
+_WORDS = 16  # rows of the smallest product of tensor cores
+
+
+def check_device(device: torch.device) -> None:
+    """Whether kernels can run on a device.
+
+    Raises:
+        InputError: no Triton, no such device, or Triton's interpreter where a GPU was asked for.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(f'the runtime cuda needs Triton: pip install "rlquant[gpu]"; {_OTHERS}')
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    if device.type == "cpu":
+        if not interpreted:
+            raise InputError(
+                f"the runtime cuda runs on the CPU in Triton's interpreter alone: set TRITON_INTERPRET=1; {_OTHERS}"
+            )
+    elif device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"no CUDA device {str(device)!r}: torch sees {torch.cuda.device_count()}; {_OTHERS}")
+    elif interpreted:
+        raise InputError(
+            f"TRITON_INTERPRET is set, so no kernel reaches the CUDA device: unset it; {_OTHERS}"
+        )
+
+
+class Kernels:
+    """The two kernels of a program, with its numbers on a device.
+
+    Attributes:
+        source: what was generated.
+        path: of the generated module.
+    """
+
+    def __init__(self, program: Program, device: torch.device, folder: Path | None) -> None:
+        from rlquant.deploy import cuda_ops
+
+        self.program, self.device = program, device
+        self.source: CudaSource = generate(program)
+        self.path = _written(self.source.text, folder or cache_folder())
+        self._compute = _loaded(self.path).compute
+        self._batch, self._serve = cuda_ops.batch, cuda_ops.serve
+        self._numbers = [torch.from_numpy(x).to(device) for x in self.source.blocks.arrays()]
+        self.words = program.head.outputs + program.head.size
+        self.observation = sum(program.buffers[i].size for i in range(len(program.inputs)))
+        self._one = self._scratch(_WORDS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers on the device: weights of up to 8 bits take one each, others one for each 8 bits."""
+        return sum(x.nbytes for x in self._numbers)
+
+    def batch(self, observations: torch.Tensor, states: torch.Tensor, results: torch.Tensor) -> None:
+        """Runs ``[n, size]`` float32 observations; ``results`` int32 ``[n, words]``, ``states`` in place."""
+        rows = (128 if self.source.in_registers else 32) if self.device.type == "cuda" else 1024
+        blocks = min(-(-len(observations) // rows), self._blocks_at_once())
+        scratch = self._scratch(rows * blocks)
+        self._batch[(blocks,)](
+            observations, states, results, *self._numbers, *scratch, len(observations),
+            rows=rows, compute=self._compute, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def serve(self, box: list[torch.Tensor], patience: int, requests: int) -> None:
+        """Answers requests; ``box``: inbox, outbox, number of the last request, observation, states."""
+        size = self.observation + 1
+        self._serve[(1,)](
+            *box, *self._numbers, *self._one, patience, requests,
+            size=size, block=min(_INBOX_BLOCK, power_of_two(size)), remembered=self.program.state_size,
+            answer=self.words, rows=_WORDS, compute=self._compute, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _scratch(self, rows: int) -> list[torch.Tensor]:
+        wide = torch.zeros(max(1, rows * self.source.wide), dtype=torch.float32, device=self.device)
+        return [wide, torch.zeros(max(1, rows * self.source.narrow), dtype=torch.int8, device=self.device)]
+
+    def _blocks_at_once(self) -> int:
+        if self.device.type == "cpu":
+            return 1
+        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+
+
+def graph_of(launch: Callable[[], None], device: torch.device) -> tuple[int, int, int, tuple[Any, ...]]:
+    """A CUDA graph of what ``launch`` launches: address of cuGraphLaunch, graph, stream, and what has to stay alive.
+
+    On the CPU, an address of ``launch`` itself.
+    """
+    if device.type == "cpu":
+
+        def call(graph: int, stream: int) -> int:
+            launch()
+            return 0
+
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(call)
+        return ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, 0, (callback,)
+    driver = ctypes.CDLL("libcuda.so.1")
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # which waits for no other stream
+    graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+    handle = ctypes.c_void_p(stream.cuda_stream)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        launch()  # compiled and loaded before it is captured
+        stream.synchronize()
+        _call(driver.cuStreamBeginCapture_v2, handle, 1)
+        try:
+            launch()
+        finally:
+            _call(driver.cuStreamEndCapture, handle, ctypes.byref(graph))
+    _call(driver.cuGraphInstantiateWithFlags, ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+    address = ctypes.cast(driver.cuGraphLaunch, ctypes.c_void_p).value or 0
+    return address, executable.value or 0, stream.cuda_stream, (driver, stream)
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    status = function(*arguments)
+    if status:
+        raise RuntimeError(f"{function.__name__} failed with CUDA error {status}")
+
+
+def _written(text: str, folder: Path) -> Path:
+    """The module's file; Triton reads the source of what it compiles."""
+    path = folder / f"program_{hashlib.sha256(text.encode()).hexdigest()[:32]}.py"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, suffix=".py", delete=False, encoding="utf-8"
+            ) as file:
+                file.write(text)
+            os.replace(file.name, path)
+        except OSError as error:
+            raise InputError(
+                f"the cache {folder} cannot be written ({error.strerror}): name another folder in XDG_CACHE_HOME"
+            ) from error
+    return path
+
+
+@cache
+def _loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

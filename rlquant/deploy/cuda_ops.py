@@ -1,0 +1,275 @@
+"""What generated Triton kernels call, and the two kernels around a program: one for batches, one for single requests.
+
+Numbers of a program's buffers, in registers as in memory: a grid of up to 8 bits is int8, ``q - 128``; all else is
+float32, finer grids too. Nothing here may be contracted to a fused multiply-add: launch with
+``enable_fp_fusion=False``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rlquant.deploy.head import TANH_DENOMINATOR, TANH_LIMIT, TANH_NUMERATOR
+
+_LIMIT = tl.constexpr(float(TANH_LIMIT))
+_N0, _N1, _N2, _N3, _N4, _N5, _N6 = (tl.constexpr(float(x)) for x in TANH_NUMERATOR)
+_D0, _D1, _D2, _D3 = (tl.constexpr(float(x)) for x in TANH_DENOMINATOR)
+
+ACT, FRESH, LEAVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a request asks for: an action, an action of a new episode, or that the kernel ends."""
+
+
+# --- numbers
+
+
+@triton.jit
+def clamp(x, low, high):
+    """``x`` between ``low`` and ``high``; a zero keeps its sign."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def real(x):
+    """float32 of a buffer's numbers."""
+    if x.dtype == tl.int8:
+        x = x.to(tl.float32) + 128.0
+    return x
+
+
+@triton.jit
+def narrow_grid(y, zero):
+    """``rint(y) + zero`` of numbers below 2**22 as int8, less 128: the low bits of a float32 near 1.5 * 2**23."""
+    return ((y + 12582912.0).to(tl.int32, bitcast=True) + (zero - 128)).to(tl.int8)
+
+
+@triton.jit
+def wide_grid(y, zero):
+    """``rint(y) + zero`` of numbers below 2**22 as float32; half to even."""
+    return ((y + 12582912.0) - 12582912.0) + zero
+
+
+@triton.jit
+def tanh32(x):
+    """See :func:`rlquant.deploy.head.tanh32`."""
+    x = clamp(x, -_LIMIT, _LIMIT)
+    square = x * x
+    above = _N0 * square + _N1
+    above = above * square + _N2
+    above = above * square + _N3
+    above = above * square + _N4
+    above = above * square + _N5
+    above = above * square + _N6
+    below = _D0 * square + _D1
+    below = below * square + _D2
+    below = below * square + _D3
+    return tl.div_rn(above * x, below)
+
+
+@triton.jit
+def sigmoid32(x):
+    """See :func:`rlquant.deploy.head.sigmoid32`."""
+    return 0.5 * tanh32(0.5 * x) + 0.5
+
+
+# --- activations on floats, named as in C
+
+
+@triton.jit
+def relu(x):
+    """ReLU."""
+    return tl.where(x > 0.0, x, 0.0)
+
+
+@triton.jit
+def relu6(x):
+    """ReLU6."""
+    return clamp(x, 0.0, 6.0)
+
+
+@triton.jit
+def leaky_relu(x):
+    """LeakyReLU, slope 0.01."""
+    return tl.where(x > 0.0, x, 0.01 * x)
+
+
+@triton.jit
+def sigmoid(x):
+    """Sigmoid."""
+    return tl.div_rn(1.0 + tl.zeros_like(x), 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):
+    """SiLU."""
+    return x * sigmoid(x)
+
+
+@triton.jit
+def elu(x):
+    """ELU."""
+    return tl.where(x > 0.0, x, tl.exp(tl.where(x > 0.0, 0.0, x)) - 1.0)
+
+
+@triton.jit
+def selu(x):
+    """SELU."""
+    return 1.0507009873554805 * tl.where(x > 0.0, x, 1.6732632423543772 * elu(x))
+
+
+@triton.jit
+def gelu(x):
+    """GELU, by erf."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def softplus(x):
+    """Softplus."""
+    return relu(x) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def mish(x):
+    """Mish."""
+    return x * tanh32(softplus(x))
+
+
+@triton.jit
+def softsign(x):
+    """Softsign."""
+    return tl.div_rn(x, 1.0 + tl.abs(x))
+
+
+@triton.jit
+def hardswish(x):
+    """Hardswish."""
+    return x * clamp(x + 3.0, 0.0, 6.0) / 6.0
+
+
+# --- products
+
+
+@triton.jit
+def plane(x, number: tl.constexpr, planes: tl.constexpr):
+    """Byte ``number`` of a grid's integers, less 128, as int8."""
+    if planes == 1:
+        return x
+    return (((x.to(tl.int32) >> (8 * number)) & 255) - 128).to(tl.int8)
+
+
+@triton.jit
+def accumulate(acc, x, codes, columns, k, span, plane_size, sources: tl.constexpr, weights: tl.constexpr):
+    """Adds ``x [rows, k] @ weights [k, columns]`` to int32 ``acc``: one tensor-core product for each pair of bytes.
+
+    ``codes`` are int8 ``[weights][columns][span]``: digits of the weights to the base 256, from the lowest on.
+    """
+    at = codes + columns[None, :] * span + k[:, None]
+    for j in tl.static_range(weights):
+        w = tl.load(at + j * plane_size)
+        for i in tl.static_range(sources):
+            if i + j == 0:
+                acc = tl.dot(x if sources == 1 else plane(x, 0, sources), w, acc, out_dtype=tl.int32)
+            else:
+                acc += tl.dot(plane(x, i, sources), w, out_dtype=tl.int32) << (8 * (i + j))
+    return acc
+
+
+@triton.jit
+def accumulate_floats(acc, x, weights, columns, k, span):
+    """Adds ``x [rows, k] @ weights [k, columns]`` to float32 ``acc``."""
+    w = tl.load(weights + columns[None, :] * span + k[:, None])
+    return tl.dot(x, w, acc, input_precision="ieee")
+
+
+# --- what comes out
+
+
+@triton.jit
+def put(results, at, numbers, mask, tag, pairs: tl.constexpr):
+    """Stores 32-bit words; as ``pairs``, int64 of which the upper half is ``tag``."""
+    words = numbers.to(tl.int32, bitcast=True) if numbers.dtype == tl.float32 else numbers.to(tl.int32)
+    if pairs:
+        word = (words.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
+        tl.store(results + at, word, mask=mask, cache_modifier=".wt")
+    else:
+        tl.store(results + at, words, mask=mask)
+
+
+@triton.jit
+def choice(y, columns, first: tl.constexpr, last: tl.constexpr):
+    """Index, from ``first`` on, of the largest of ``y [rows, columns]`` between the two: int32 ``[rows, 1]``."""
+    inside = (columns >= first) & (columns < last)
+    best = tl.argmax(tl.where(inside[None, :], y, float("-inf")), axis=1)
+    return tl.maximum(best - first, 0)[:, None]
+
+
+# --- kernels
+
+
+@triton.jit
+def batch(
+    observations, states, results, floats, ints, codes, wide, narrow, n,
+    rows: tl.constexpr, compute: tl.constexpr,
+):  # fmt: skip
+    """Runs ``compute`` on ``n`` observations, ``rows`` at a time."""
+    tag = n * 0
+    for tile in range(tl.program_id(0), tl.cdiv(n, rows), tl.num_programs(0)):
+        compute(
+            observations, states, results, tag, floats, ints, codes, wide, narrow, tile * rows, n, rows, False
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def receive(inbox, observations, tag, patience, size: tl.constexpr, block: tl.constexpr):
+    """Waits for request ``tag``: pairs of a 32-bit word and a tag, first the command, then the observation.
+
+    Returns the command, or LEAVE after ``patience`` looks at an inbox that holds no whole request.
+    """
+    command = tag * 0
+    waiting = tag * 0 + patience
+    for start in range(0, size, block):
+        at = start + tl.arange(0, block)
+        pairs = tl.load(inbox + at, mask=at < size, other=0, volatile=True)
+        missing = tl.max(((at < size) & ((pairs >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0)
+        while (missing > 0) & (waiting > 0):
+            waiting -= 1
+            pairs = tl.load(inbox + at, mask=at < size, other=0, volatile=True)
+            missing = tl.max(((at < size) & ((pairs >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0)
+        words = pairs.to(tl.int32)
+        tl.store(observations - 1 + at, words.to(tl.float32, bitcast=True), mask=(at < size) & (at > 0))
+        command |= tl.sum(tl.where(at == 0, words, 0), axis=0) | missing * LEAVE
+    return command
+
+
+@triton.jit
+def serve(
+    inbox, outbox, served, observations, states, floats, ints, codes, wide, narrow, patience, requests,
+    size: tl.constexpr, block: tl.constexpr, remembered: tl.constexpr, answer: tl.constexpr,
+    rows: tl.constexpr, compute: tl.constexpr,
+):  # fmt: skip
+    """Answers up to ``requests`` requests, then leaves word in ``outbox[answer]``; all of one program.
+
+    ``inbox`` and ``outbox`` lie in host memory, the rest in the device's. A word and its tag are one 64-bit
+    access, so neither side needs a fence, and a request or an answer costs one way over the bus.
+    """
+    first = tl.load(served)
+    tag = first
+    command = tag * 0
+    while (command < LEAVE) & (tag - first != requests):
+        command = receive(inbox, observations, tag + 1, patience, size, block)
+        if command < LEAVE:
+            tag += 1
+            if command == FRESH:
+                for start in range(0, remembered, block):
+                    at = start + tl.arange(0, block)
+                    tl.store(states + at, tl.zeros([block], tl.float32), mask=at < remembered)
+            tl.debug_barrier()
+            compute(
+                observations, states, outbox, tag, floats, ints, codes, wide, narrow, tag * 0, 1, rows, True
+            )
+            tl.debug_barrier()
+    tl.store(served, tag)
+    tl.store(outbox + answer, tag.to(tl.int64) * 0 + 1, cache_modifier=".wt")

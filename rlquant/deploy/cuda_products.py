@@ -1,0 +1,163 @@
+"""Matrix products and convolutions of a program in Triton: the text of their loops, and their numbers.
+
+Integer products run on tensor cores: int8 times int8 into int32. A grid's integers have 128 taken off, which the
+correction of the zero point gives back; grids and weights of more bits are split into bytes. int32 wraps around on
+the way, and the sum itself fits, so it is exact. Float products add up in float32, without tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlquant.deploy.cuda_constants import DeviceBlocks, digits, power_of_two, spread
+from rlquant.deploy.program import Conv2d, Linear, Program
+
+__all__ = ["Shape", "indented", "patch_lines", "position_lines", "shape_of", "sum_lines"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut.
+
+    Attributes:
+        floats: whether its source is float32; one group then, scales and weights multiplied beforehand.
+        blocks: of output rows, each on its own part of the source (a convolution's groups).
+        each: output rows of a block; ``room``: with padding.
+        columns: of the result that are made at once.
+        groups, group: how many groups of source columns, and columns of one; ``span``: with padding.
+        step: columns of a group that are multiplied at once.
+    """
+
+    floats: bool
+    blocks: int
+    each: int
+    room: int
+    columns: int
+    groups: int
+    group: int
+    span: int
+    step: int
+
+    def laid_out(self, values: Array) -> Array:
+        """``[blocks * room, ...]`` of ``[rows, ...]``."""
+        parts = values.reshape(self.blocks, self.each, -1)
+        padding = ((0, 0), (0, self.room - self.each), (0, 0))
+        return np.pad(parts, padding).reshape(self.blocks * self.room, -1)
+
+
+def indented(lines: list[str]) -> list[str]:
+    """One level deeper."""
+    return [f"    {line}" for line in lines]
+
+
+def shape_of(program: Program, op: Linear, *, widest: int, whole: bool) -> Shape:
+    """How to cut a product.
+
+    Args:
+        widest: columns of the result that are made at once, at most.
+        whole: the source comes in one piece, and its columns have to be multiplied at once.
+    """
+    floats, blocks = program.buffers[op.source].is_float, getattr(op, "blocks", 1)
+    each = op.weight.rows // blocks
+    columns = min(widest, power_of_two(each))
+    group = op.weight.columns if floats else min(op.group, op.weight.columns)
+    step = power_of_two(group) if whole else min(32 if floats else 128, power_of_two(group))
+    span = -(-group // step) * step
+    groups = -(-op.weight.columns // group)
+    return Shape(floats, blocks, each, -(-each // columns) * columns, columns, groups, group, span, step)
+
+
+def sum_lines(
+    op: Linear, shape: Shape, blocks: DeviceBlocks, load: list[str], rows: str, planes: int
+) -> list[str]:
+    """Statements from the source to float32 ``y [rows, columns]``, its bias added.
+
+    Before them, ``units`` has to be the rows of the weight that make the ``columns``.
+
+    Args:
+        load: set ``x`` to the source's columns ``column``, of which those where ``used`` count.
+        rows: of ``x``.
+        planes: bytes of the source's integers.
+    """
+    room, total = shape.blocks * shape.room, shape.groups * shape.span
+    if shape.floats:
+        scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
+        weights = spread(op.weight.values.astype(np.float32) * scales, shape.group, shape.span)
+        start = blocks.add(shape.laid_out(weights))
+        multiply = f"acc = accumulate_floats(acc, x, floats + {start}, units, at, {total})"
+        scaled = ["part = acc"]
+    else:
+        stored = np.stack(
+            [shape.laid_out(x) for x in digits(spread(op.weight.values, shape.group, shape.span))]
+        )
+        counts = f"{stored[0].size}, {planes}, {len(stored)}"
+        multiply = f"acc = accumulate(acc, x, codes + {blocks.add(stored)}, units, at, {total}, {counts})"
+        fixed = blocks.add(shape.laid_out(_corrections(op, planes)).T)
+        gain = blocks.add(shape.laid_out(op.gain).T)
+        scaled = [
+            f"acc += tl.load(ints + {fixed} + group * {room} + units)[None, :]",
+            f"part = acc.to(tl.float32) * tl.load(floats + {gain} + group * {room} + units)[None, :]",
+        ]
+    bias = blocks.add(shape.laid_out(op.bias.astype(np.float32)))
+    return [
+        f"total = tl.zeros([{rows}, {shape.columns}], tl.float32)",
+        f"for group in range({shape.groups}):",
+        *indented(
+            [
+                f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})",
+                f"for step in range(0, {shape.span}, {shape.step}):",
+                *indented(
+                    [
+                        f"k = step + tl.arange(0, {shape.step})",
+                        f"at = group * {shape.span} + k",
+                        f"column = group * {shape.group} + k",
+                        f"used = (k < {shape.group}) & (column < {op.weight.columns})",
+                        *load,
+                        multiply,
+                    ]
+                ),
+                *scaled,
+                "total = tl.where(group == 0, part, total + part)",
+            ]
+        ),
+        f"y = total + tl.load(floats + {bias} + units)[None, :]",
+    ]
+
+
+def _corrections(op: Linear, planes: int) -> Array:
+    """int32 ``[rows, groups]``: :attr:`Linear.corrections`, and what 128 less in each byte takes away."""
+    less = sum(128 << (8 * i) for i in range(planes))
+    sums = np.add.reduceat(
+        op.weight.values.astype(np.int64), np.arange(0, op.weight.columns, op.group), axis=1
+    )
+    return ((op.corrections + less * sums) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+
+
+def position_lines(op: Conv2d, count: int) -> list[str]:
+    """Statements that set ``top`` and ``left``, where the patches of ``count`` positions from ``place`` on begin."""
+    width = op.out_size[1]
+    return [
+        f"positions = place + tl.arange(0, {count})",
+        f"top = (positions // {width} * {op.stride[0]} - {op.padding[0]})[:, None]",
+        f"left = (positions % {width} * {op.stride[1]} - {op.padding[1]})[:, None]",
+    ]
+
+
+def patch_lines(op: Conv2d, source: str, outside: str) -> list[str]:
+    """Statements that set ``x`` to some columns of patches, of the image that begins at ``source``."""
+    channels, height, width = op.image
+    rows, columns = op.kernel
+    channel = f"block * {channels // op.blocks} + column // {rows * columns}"
+    return [
+        f"down = top + (column // {columns} % {rows} * {op.dilation[0]})[None, :]",
+        f"across = left + (column % {columns} * {op.dilation[1]})[None, :]",
+        f"inside = used[None, :] & (down >= 0) & (down < {height}) & (across >= 0) & (across < {width})",
+        f"pixel = ({channel})[None, :] * {height * width} + down * {width} + across",
+        f"x = tl.load({source} + pixel, mask=inside, other={outside})",
+    ]
