@@ -214,11 +214,11 @@ def test_without_python_headers_it_says_so_and_acts_the_same(
 ) -> None:
     program = compiled("sac-pendulum", "w8a8")
     fast = NativeRuntime(program, cache=libraries)
-    native._caller_module.cache_clear()
+    native.caller_module.cache_clear()
     monkeypatch.setattr(native.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.warns(UserWarning, match="Python's headers"):
         slow = NativeRuntime(program, cache=libraries)
-    native._caller_module.cache_clear()
+    native.caller_module.cache_clear()
     x = np.ones(3, np.float32)
     np.testing.assert_array_equal(slow.act(x), fast.act(x))
     with pytest.raises(InputError, match="NaN"):
