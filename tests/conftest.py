@@ -16,6 +16,10 @@ from rlquant import cli
 # One thread: the networks are small, and several test processes share the cores.
 torch.set_num_threads(1)
 
+# Before Triton is imported: where there is no GPU, its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def zoo() -> Path:
