@@ -84,7 +84,7 @@ def program_files(program: Program) -> dict[str, bytes]:
 
     document, tensors = _encode(program)
     document["sha256"] = _hash(document, tensors)
-    return {"program.safetensors": save(tensors), "program.json": json.dumps(document, indent=1).encode()}
+    return {"program.safetensors": save(tensors), "program.json": json.dumps(document, separators=(",", ":")).encode()}
 
 
 def program_hash(program: Program) -> str:

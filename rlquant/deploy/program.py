@@ -89,18 +89,20 @@ class Weight:
     bits: int
     codes: NDArray[Any]
 
-    @cached_property
+    @property
     def values(self) -> NDArray[Any]:
-        """int32 (or float32) ``[rows, columns]``."""
+        """int32 (or float32) ``[rows, columns]``; unpacked anew each time, as nothing keeps them unpacked."""
         if self.bits == 32:
             return self.codes
-        count = self.rows * self.columns
-        stream = np.unpackbits(self.codes, bitorder="little")[: count * self.bits]
-        unsigned = stream.reshape(count, self.bits).astype(np.int32) @ (
-            1 << np.arange(self.bits, dtype=np.int32)
-        )
-        half = 1 << (self.bits - 1)
-        return ((unsigned ^ half) - half).reshape(self.rows, self.columns).astype(np.int32)
+        count, half = self.rows * self.columns, np.int32(1 << (self.bits - 1))
+        if 8 % self.bits:
+            stream = np.unpackbits(self.codes, bitorder="little")[: count * self.bits]
+            places = 1 << np.arange(self.bits, dtype=np.int32)
+            unsigned = stream.reshape(count, self.bits).astype(np.int32) @ places
+        else:
+            fields = self.codes.reshape(-1, 1) >> np.arange(0, 8, self.bits, dtype=np.uint8)
+            unsigned = (fields & np.uint8(2**self.bits - 1)).ravel()[:count].astype(np.int32)
+        return ((unsigned ^ half) - half).reshape(self.rows, self.columns)
 
 
 @dataclass(frozen=True, eq=False)
