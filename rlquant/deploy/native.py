@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import sysconfig
 import warnings
+from dataclasses import replace
 from functools import cache as memoize
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -42,7 +43,7 @@ class NativeRuntime:
     One instance serves one thread at a time, which Python's lock sees to.
 
     Attributes:
-        program: what it runs.
+        program: what it runs, less the operations: their numbers are in ``constants``, and nowhere twice.
         constants: uint8: the weights, packed, and all other numbers.
     """
 
@@ -59,7 +60,7 @@ class NativeRuntime:
         Raises:
             InputError: no compiler, or it failed; or the cache cannot be written.
         """
-        self.program = program
+        self.program = replace(program, ops=())
         source, self.constants, kind = native_source(program)
         path = shared_library(source, cache, flags)
         library = ctypes.PyDLL(str(path))  # keeps Python's lock: the working memory is one
