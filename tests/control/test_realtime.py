@@ -265,7 +265,7 @@ def test_what_cannot_be_replayed_is_refused(arguments: tuple[Any, ...], message:
 
 # --- rollouts
 
-JITTER = (3_000.0, 25_000.0, 70_000.0, 11_000.0)
+JITTER = (3_000.0, 25_000.0, 70_000.0, 11_000.0, 55_000.0, 38_000.0)
 
 
 @pytest.fixture(scope="module")
