@@ -96,13 +96,32 @@ class RunFolder:
         document = {"fingerprint": self.fingerprint, "content": content}
         write_atomic(self._piece_path(name), json.dumps(document))
 
+    def tensors(self, name: str) -> dict[str, Any] | None:
+        """Tensors that an earlier, interrupted run of the same settings left behind, on the CPU."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._piece_path(name, "safetensors"), framework="pt") as file:
+                if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
+                    return None
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        except (OSError, SafetensorError):
+            return None
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Any]) -> None:
+        """Keep tensors as a piece."""
+        from safetensors.torch import save
+
+        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        write_atomic(self._piece_path(name, "safetensors"), save(held, {"fingerprint": self.fingerprint}))
+
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a result file and return its path."""
         write_atomic(self.path / name, content)
         return self.path / name
 
-    def _piece_path(self, name: str) -> Path:
-        return self.path / "pieces" / (re.sub(r"[^\w.-]", "_", name) + ".json")
+    def _piece_path(self, name: str, kind: str = "json") -> Path:
+        return self.path / "pieces" / (re.sub(r"[^\w.-]", "_", name) + f".{kind}")
 
     def _keep_previous(self) -> None:
         """Move the results of other settings aside."""
@@ -117,7 +136,7 @@ class RunFolder:
                 for name in ("results.json", "report.html", "settings.json"):
                     if (self.path / name).is_file():
                         (self.path / name).replace(keep / name)
-            for piece in (self.path / "pieces").glob("*.json"):
+            for piece in (self.path / "pieces").glob("*.*"):
                 piece.unlink()
         except OSError as error:
             raise InputError(

@@ -11,6 +11,7 @@
 
 from rlquant.quant.affine import QParams, dequantize, fake_quantize, qparams_from_range, quantize
 from rlquant.quant.bench import Bench
+from rlquant.quant.embedding import QuantEmbedding
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
 from rlquant.quant.kinds import empty_layer
@@ -50,6 +51,7 @@ __all__ = [
     "QATController",
     "QParams",
     "QuantConv2d",
+    "QuantEmbedding",
     "QuantGRU",
     "QuantLSTM",
     "QuantLinear",

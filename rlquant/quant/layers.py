@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rlquant.quant.activations import StaticQuantizer, activation_quantizer
 from rlquant.quant.affine import QParams, finite_extremes
+from rlquant.quant.packed_linear import linear_of_packed
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
 
@@ -126,6 +127,14 @@ class QuantLinear(_OneWeight):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._build(layer, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's map of ``x``."""
+        if self.packed.caches or self.outlier_index is not None:
+            return super().forward(x)
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
+        return linear_of_packed(self.input_quant(x), self.packed, self.bias)
 
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

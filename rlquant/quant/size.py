@@ -55,12 +55,13 @@ def size_table(module: nn.Module) -> list[LayerSize]:
     rows: list[LayerSize] = []
     seen: set[int] = set()
     inside: set[int] = set()
+    counted: set[int] = set()
     for name, layer in module.named_modules():
         if id(layer) in inside:
             continue
         if isinstance(layer, QuantizedLayer):
             inside.update(id(part) for part in layer.modules())
-            row = _quantized_row(name, layer)
+            row = _quantized_row(name, layer, counted)
         else:
             row = _float_row(name, layer, seen)
         if row.total:
@@ -68,8 +69,11 @@ def size_table(module: nn.Module) -> list[LayerSize]:
     return rows
 
 
-def _quantized_row(name: str, layer: QuantizedLayer) -> LayerSize:
-    weights = [part for part in layer.modules() if isinstance(part, QuantizedWeight)]
+def _quantized_row(name: str, layer: QuantizedLayer, counted: set[int]) -> LayerSize:
+    weights = [
+        part for part in layer.modules() if isinstance(part, QuantizedWeight) and id(part) not in counted
+    ]
+    counted.update(map(id, weights))  # a tied head shares those of the embedding
     activations = [part for part in layer.modules() if isinstance(part, StaticQuantizer)]
     own = dict(layer.named_buffers(recurse=False))
     return LayerSize(

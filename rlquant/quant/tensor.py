@@ -44,6 +44,10 @@ class QuantizedWeight(Float32Scale):
     - ``scale``: float32 ``[scale_rows, groups]``; absent for plain casts (fp16, bf16)
     - ``zero_point``: uint8, packed at ``bits`` bits in the order of the scales; asymmetric schemes only
 
+    Attributes:
+        caches: whether :meth:`cached` keeps the dense weight. Language models, whose dense weights are what does
+            not fit, set it to False.
+
     Scales are float32, so that an integer runtime requantizes with the very numbers used here; float16 would
     save 16 bits a group but underflows for weights below 1e-5.
     """
@@ -66,6 +70,7 @@ class QuantizedWeight(Float32Scale):
         self.register_buffer(
             "zero_point", None if scheme.symmetric else torch.zeros(zero_point_bytes, dtype=torch.uint8)
         )
+        self.caches = True
         self._cache: Tensor | None = None
 
     @classmethod
@@ -112,8 +117,26 @@ class QuantizedWeight(Float32Scale):
         spread = spread_qparams(qparams, self.scheme, matrix.shape[1])
         return dequantize(matrix, spread, self.scheme.stored).view(self.shape)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """The real values of some rows of a matrix: int64 ``[n]`` -> float32 ``[n, columns]``."""
+        total, columns = self.shape
+        bits = self.scheme.stored.bits
+        if columns * bits % 8:
+            return self.dequantize()[index]
+        packed = self.codes.view(total, -1)[index]
+        codes = unpack(packed.reshape(-1), bits, len(index) * columns).view(-1, columns)
+        qparams = self.qparams()
+        if qparams is None:
+            return self.scheme.stored.decode(codes)
+        if self.scheme.granularity.kind != "tensor":
+            point = qparams.zero_point
+            qparams = QParams(qparams.scale[index], None if point is None else point[index])
+        return dequantize(codes, spread_qparams(qparams, self.scheme, columns), self.scheme.stored)
+
     def cached(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """:meth:`dequantize` in ``dtype``, kept until the buffers change; not part of the state dict."""
+        if not self.caches:
+            return self.dequantize().to(dtype)
         if self._cache is None or self._cache.dtype != dtype:
             # An inference tensor in the cache would break a later forward that records gradients.
             with torch.inference_mode(False), torch.no_grad():

@@ -1,0 +1,1 @@
+"""Language policies: load, quantize, evaluate and generate. Nothing is imported here, so that nothing heavy is."""

@@ -1,0 +1,174 @@
+"""Text as windows of tokens, and what a model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlquant.errors import InputError
+from rlquant.llm.model import LanguageModel
+
+__all__ = ["Agreement", "Windows", "compare_windows", "read_text", "window_losses"]
+
+_CHUNK_LOGITS = 2**25  # of a window's logits in float32 at once: 128 MB
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows of equal length, the way perplexities are measured.
+
+    Each window is read on its own, with nothing before it; what is predicted in it are its last ``scored`` tokens.
+    What is left over at the end of the text is not used.
+
+    Attributes:
+        tokens: int64 ``[windows, length]``.
+        stride: from one window's start to the next one's.
+    """
+
+    tokens: NDArray[np.int64]
+    stride: int
+
+    @classmethod
+    def of(cls, ids: list[int], length: int, stride: int | None = None, limit: int | None = None) -> Windows:
+        """Windows of ``length`` tokens every ``stride`` (by default as many), the first ``limit`` of them.
+
+        Raises:
+            InputError: the text is shorter than one window, or a length makes no sense.
+        """
+        stride = stride or length
+        if length < 2 or not 1 <= stride <= length:
+            raise InputError(
+                f"a window of {length} tokens every {stride} is not possible: take at least 2, and a stride of at most that"
+            )
+        starts = range(0, len(ids) - length + 1, stride)[:limit]
+        if not starts:
+            raise InputError(
+                f"the text has {len(ids)} tokens, fewer than one window of {length}: give more text"
+            )
+        return cls(np.array([ids[start : start + length] for start in starts], np.int64), stride)
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are predicted in each window: those that no window before it predicted."""
+        length = self.tokens.shape[1]
+        return min(self.stride, length - 1)
+
+    @property
+    def protocol(self) -> str:
+        """In words."""
+        count, length = self.tokens.shape
+        return (
+            f"{count} windows of {length} tokens, stride {self.stride}, {count * self.scored:,} tokens predicted, each window "
+            "on its own"
+        )
+
+
+def read_text(path: str | Path) -> str:
+    """A text file. Raises InputError where it cannot be read or is no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8") from None
+
+
+def window_losses(
+    lm: LanguageModel,
+    windows: Windows,
+    *,
+    cache: Callable[[], Any] | None = None,
+    done: Callable[[int], None] = lambda _: None,
+) -> NDArray[np.float64]:
+    """Mean loss of each window in nats a token: float64 ``[windows]``; ``exp`` of their mean is the perplexity.
+
+    Args:
+        lm: the model.
+        windows: what it reads.
+        cache: makes a cache through which every window is read, for quantized KV caches; None for plain forwards.
+        done: called with the number of windows done.
+
+    Raises:
+        InputError: a loss is not finite; the message says which window.
+    """
+    losses = []
+    for index, row in enumerate(torch.from_numpy(windows.tokens)):
+        hidden = _hidden(lm, row, cache)
+        loss = float(_losses(lm, hidden, row, windows.scored).double().mean())
+        if not np.isfinite(loss):
+            raise InputError(f"{lm.source} in {lm.precision} puts out NaN or infinity in window {index}")
+        losses.append(loss)
+        done(index + 1)
+    return np.array(losses)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the distributions of a model are to those of a reference, over all predicted tokens.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence from the reference, in nats a token.
+        top1: share of tokens at which both find the same one most likely.
+    """
+
+    kl: float
+    top1: float
+
+
+def compare_windows(reference: LanguageModel, lm: LanguageModel, windows: Windows) -> Agreement:
+    """Both models on the same windows, one window at a time."""
+    divergence = agreed = count = 0.0
+    for row in torch.from_numpy(windows.tokens):
+        states = [_hidden(each, row, None) for each in (reference, lm)]
+        positions = range(len(row) - 1 - windows.scored, len(row) - 1)
+        for part in _chunks(positions, lm.vocabulary):
+            p, q = (
+                _log_probabilities(each, state[part])
+                for each, state in zip((reference, lm), states, strict=True)
+            )
+            q = q.to(p.device)
+            divergence += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
+            agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+            count += len(p)
+    return Agreement(divergence / count, agreed / count)
+
+
+def _hidden(lm: LanguageModel, row: Tensor, cache: Callable[[], Any] | None) -> Tensor:
+    """Last hidden states ``[length, hidden]``."""
+    ids = row[None].to(lm.device)
+    with torch.no_grad():
+        if cache is not None:
+            from rlquant.llm.kv_cache import forward_through_cache
+
+            return forward_through_cache(lm.model, ids, cache())[0]
+        hidden: Tensor = lm.model.get_decoder()(ids, use_cache=False).last_hidden_state[0]
+        return hidden
+
+
+def _losses(lm: LanguageModel, hidden: Tensor, row: Tensor, scored: int) -> Tensor:
+    """Losses of the last ``scored`` tokens, the head's output in chunks: float32 ``[scored]``."""
+    targets = row.to(hidden.device)
+    losses = [
+        -_log_probabilities(lm, hidden[part]).gather(1, targets[[at + 1 for at in part]][:, None])[:, 0]
+        for part in _chunks(range(len(row) - 1 - scored, len(row) - 1), lm.vocabulary)
+    ]
+    return torch.cat(losses)
+
+
+def _log_probabilities(lm: LanguageModel, hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.log_softmax(lm.model.get_output_embeddings()(hidden).float(), dim=-1)
+
+
+def _chunks(positions: range, vocabulary: int) -> list[list[int]]:
+    step = max(1, _CHUNK_LOGITS // vocabulary)
+    every = list(positions)
+    return [every[at : at + step] for at in range(0, len(every), step)]
