@@ -89,13 +89,14 @@ def evaluate(
     ] = False,
     slowdown: Annotated[
         str | None,
-        typer.Option("--slowdown", help="Factors on their latency, such as 1,50,200 [default: 1]."),
+        typer.Option("--slowdown", help="Factors on their latency, such as 1,50,200; 1 if not given."),
     ] = None,
     latency: Annotated[
-        str | None, typer.Option("--latency", help="2ms, or an earlier latencies.json [default: measured].")
+        str | None,
+        typer.Option("--latency", help="2ms, or an earlier latencies.json; measured if not given."),
     ] = None,
     control_rate: Annotated[
-        float | None, typer.Option("--control-rate", help="Steps a second [default: of the card].")
+        float | None, typer.Option("--control-rate", help="Steps a second; the card's if not given.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", help="Processes; scores do not depend on it.")] = 1,
@@ -105,7 +106,7 @@ def evaluate(
         int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
     ] = 1,
     trust: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
 ) -> None:
     """Show how much reward an agent keeps at each precision: a table, results.json and report.html.
 
@@ -191,7 +192,7 @@ def tune(
         int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
     ] = 1,
     trust: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/tune-NAME].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/tune-NAME if not given.")] = None,
 ) -> None:
     """Find the cheapest scheme, per layer, that keeps the reward: artifact, Pareto front, reasons and proof.
 
@@ -241,7 +242,7 @@ def bench(
     seed: SeedOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/bench-NAME].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/bench-NAME if not given.")] = None,
 ) -> None:
     """Time one action in each runtime at each precision, in turns.
 

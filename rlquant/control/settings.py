@@ -74,7 +74,7 @@ class Settings:
         device: where the network runs, in torch.
         runtime: what plays and is timed: ``torch``, one of ``rlquant.deploy.RUNTIMES``, or ``auto`` for the fastest
             right one of each precision.
-        realtime: play in real time, too; None does not.
+        realtime: play ``episodes`` in real time, too; None does not.
     """
 
     precisions: tuple[str, ...] = ("fp32", "int8", "w8a8")

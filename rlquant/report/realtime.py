@@ -99,8 +99,12 @@ def _sentence(label: str, entries: Sequence[Entry], kept: str) -> str:
     if count == 0:
         return f"{label} keeps {share} of the {kept} in real time even at {_speed(entries[0])}."
     last = entries[count - 1]
-    surely = "keeps" if set(verdicts[:count]) == {"retained"} else "may keep (undecided)"
-    sentence = f"{label} {surely} the {kept} in real time up to {_speed(last)}"
+    if set(verdicts[:count]) == {"retained"}:
+        sentence = f"{label} keeps the {kept} in real time up to {_speed(last)}"
+    else:
+        value = last["retention"]["value"]
+        about = "cannot be judged" if value is None else f"keeps about {percent_text(value)} of the {kept}"
+        sentence = f"{label} {about} in real time at {_speed(last)}, undecided"
     return f"{sentence}; at {_speed(entries[count])} it keeps {share}." if share else f"{sentence}."
 
 

@@ -59,13 +59,14 @@ def test_a_sentence_does_not_hide_that_nothing_is_decided():
     document = in_real_time({"fp32": {1: 1.0, 50: 1.0, 200: 0.1}})
     retention = document["rows"][0]["realtime"][1]["retention"]
     retention["verdict"] = "undecided"
-    (sentence,) = realtime_sentences(document)
-    assert sentence.startswith(
-        "fp32 may keep (undecided) the reward in real time up to 50x (20 µs an action); at 200x"
-    )
+    about = "fp32 keeps about 100% of the reward in real time at 50x (20 µs an action), undecided"
+    assert realtime_sentences(document) == [f"{about}; at 200x (80 µs an action) it keeps 5.8%."]
     del document["rows"][0]["realtime"][2]
-    (sentence,) = realtime_sentences(document)
-    assert sentence == "fp32 may keep (undecided) the reward in real time up to 50x (20 µs an action)."
+    assert realtime_sentences(document) == [f"{about}."]
+    retention["value"] = None
+    assert realtime_sentences(document) == [
+        "fp32 cannot be judged in real time at 50x (20 µs an action), undecided."
+    ]
 
 
 def test_the_table_fits_a_terminal():
