@@ -78,7 +78,9 @@ class Kernels:
 
     def batch(self, observations: torch.Tensor, states: torch.Tensor, results: torch.Tensor) -> None:
         """Runs ``[n, size]`` float32 observations; ``results`` int32 ``[n, words]``, ``states`` in place."""
-        rows = (128 if self.source.in_registers else 32) if self.device.type == "cuda" else 1024
+        rows = 128 if self.source.in_registers else 32
+        if self.device.type == "cpu":
+            rows = min(1024, power_of_two(len(observations)))
         blocks = min(-(-len(observations) // rows), self._blocks_at_once())
         scratch = self._scratch(rows * blocks)
         self._batch[(blocks,)](
@@ -96,8 +98,9 @@ class Kernels:
         )  # fmt: skip
 
     def _scratch(self, rows: int) -> list[torch.Tensor]:
-        wide = torch.zeros(max(1, rows * self.source.wide), dtype=torch.float32, device=self.device)
-        return [wide, torch.zeros(max(1, rows * self.source.narrow), dtype=torch.int8, device=self.device)]
+        """Memory for rows that are computed at once; what was there is never read."""
+        wide = torch.empty(rows * self.source.wide + 1, dtype=torch.float32, device=self.device)
+        return [wide, torch.empty(rows * self.source.narrow + 1, dtype=torch.int8, device=self.device)]
 
     def _blocks_at_once(self) -> int:
         if self.device.type == "cpu":

@@ -31,6 +31,12 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def limited(x, low, high):
+    """:func:`clamp` for what becomes an integer, which has no sign of zero."""
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
 def real(x):
     """float32 of a buffer's numbers."""
     if x.dtype == tl.int8:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlquant.deploy.cuda_constants import DeviceBlocks, digits, power_of_two, spread
 from rlquant.deploy.program import Conv2d, Linear, Program
 
-__all__ = ["Shape", "indented", "patch_lines", "position_lines", "shape_of", "sum_lines"]
+__all__ = ["Shape", "indented", "looped", "patch_lines", "position_lines", "shape_of", "sum_lines"]
 
 Array = NDArray[Any]
 
@@ -54,6 +54,13 @@ class Shape:
 def indented(lines: list[str]) -> list[str]:
     """One level deeper."""
     return [f"    {line}" for line in lines]
+
+
+def looped(name: str, stop: int, step: int, lines: list[str]) -> list[str]:
+    """Statements for ``name`` from 0 to ``stop``; without a loop where one turn is all."""
+    if stop <= step:
+        return [f"{name} = 0", *lines]
+    return [f"for {name} in range(0, {stop}, {step}):", *indented(lines)]
 
 
 def shape_of(program: Program, op: Linear, *, widest: int, whole: bool) -> Shape:
@@ -105,29 +112,26 @@ def sum_lines(
             f"part = acc.to(tl.float32) * tl.load(floats + {gain} + group * {room} + units)[None, :]",
         ]
     bias = blocks.add(shape.laid_out(op.bias.astype(np.float32)))
-    return [
-        f"total = tl.zeros([{rows}, {shape.columns}], tl.float32)",
-        f"for group in range({shape.groups}):",
-        *indented(
-            [
-                f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})",
-                f"for step in range(0, {shape.span}, {shape.step}):",
-                *indented(
-                    [
-                        f"k = step + tl.arange(0, {shape.step})",
-                        f"at = group * {shape.span} + k",
-                        f"column = group * {shape.group} + k",
-                        f"used = (k < {shape.group}) & (column < {op.weight.columns})",
-                        *load,
-                        multiply,
-                    ]
-                ),
-                *scaled,
-                "total = tl.where(group == 0, part, total + part)",
-            ]
-        ),
-        f"y = total + tl.load(floats + {bias} + units)[None, :]",
+    chunk = [
+        f"k = step + tl.arange(0, {shape.step})",
+        f"at = group * {shape.span} + k",
+        f"column = group * {shape.group} + k",
+        f"used = (k < {shape.group}) & (column < {op.weight.columns})",
+        *load,
+        multiply,
     ]
+    one = [
+        f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})",
+        *looped("step", shape.span, shape.step, chunk),
+        *scaled,
+    ]
+    if shape.groups > 1:
+        zeros = f"total = tl.zeros([{rows}, {shape.columns}], tl.float32)"
+        one.append("total = tl.where(group == 0, part, total + part)")
+        every = [zeros, *looped("group", shape.groups, 1, one)]
+    else:
+        every = ["group = 0", *one, "total = part"]
+    return [*every, f"y = total + tl.load(floats + {bias} + units)[None, :]"]
 
 
 def _corrections(op: Linear, planes: int) -> Array:

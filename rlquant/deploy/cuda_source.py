@@ -8,13 +8,22 @@ share what is compiled.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlquant.deploy.c_helpers import C_NAMES
 from rlquant.deploy.cuda_constants import DeviceBlocks, power_of_two
-from rlquant.deploy.cuda_products import Shape, indented, patch_lines, position_lines, shape_of, sum_lines
+from rlquant.deploy.cuda_products import (
+    Shape,
+    indented,
+    looped,
+    patch_lines,
+    position_lines,
+    shape_of,
+    sum_lines,
+)
 from rlquant.deploy.head import ProgramHead
 from rlquant.deploy.program import (
     CELL_KINDS,
@@ -35,6 +44,7 @@ WIDEST = 256
 """Columns of the widest block in registers."""
 
 _AT_ONCE = 64 * 1024  # bytes of weights that shared memory takes at once
+_FLOATS_AT_ONCE = 64  # columns of a product of floats, which needs more registers
 _POSITIONS = 64  # of a convolution that are computed at once
 
 _BEGINNING = """import triton
@@ -90,8 +100,8 @@ class _Writer:
 
     def source(self) -> CudaSource:
         lines = self._rows()
-        for op in self.program.ops:
-            lines += ["", f"# {_described(self.program, op)}", *self._op(op)]
+        for number, op in enumerate(self.program.ops):
+            lines += ["", f"# {_described(self.program, op)}", *_own_names(self._op(op), number)]
             if op.target not in self.tiles:
                 lines.append("tl.debug_barrier()")
         lines += ["", *self._head(self.program.head), *self._remember()]
@@ -165,14 +175,16 @@ class _Writer:
             size = len(op.order)
         return self._by_columns(op, size, self._elementwise(op))
 
-    def _by_columns(self, op: Op, size: int, statements: list[str], widest: int = WIDEST) -> list[str]:
+    def _by_columns(self, op: Op, size: int, statements: list[str]) -> list[str]:
         """Statements for all columns of the result, in registers in one block."""
         block = power_of_two(size)
-        inside = f"inside = columns < {size}"
-        if {op.source, op.target} & self.tiles or block <= widest:
-            return [f"columns = tl.arange(0, {block})", inside, *statements]
-        columns = f"columns = start + tl.arange(0, {widest})"
-        return [f"for start in range(0, {size}, {widest}):", *indented([columns, inside, *statements])]
+        if not {op.source, op.target} & self.tiles:
+            block = min(block, WIDEST)
+        return self._blocks(size, block, statements)
+
+    def _blocks(self, size: int, block: int, statements: list[str]) -> list[str]:
+        columns = [f"columns = start + tl.arange(0, {block})", f"inside = columns < {size}"]
+        return looped("start", size, block, [*columns, *statements])
 
     def _elementwise(self, op: Op) -> list[str]:
         lines, columns, order = [], "columns", getattr(op, "order", None)
@@ -182,11 +194,9 @@ class _Writer:
         lines.append(f"x = real({self._read(op.source, columns=columns)})")
         if isinstance(op, Affine):
             gain, offset, low, high = (self._each(x) for x in (op.gain, op.offset, op.low, op.high))
-            lines += [
-                f"y = x * {gain}",
-                f"y = clamp(y + {offset}, {low}, {high})",
-                *self._to_grid(op.target, "0"),
-            ]
+            clamp = "clamp" if self.program.buffers[op.target].is_float else "limited"
+            lines += [f"y = x * {gain}", f"y = {clamp}(y + {offset}, {low}, {high})"]
+            lines += self._to_grid(op.target, "0")
         elif isinstance(op, OneHot):
             lines.append(f"y = tl.where(x == {self._each(op.value)}, 1.0, 0.0)")
         elif isinstance(op, Table):
@@ -232,7 +242,7 @@ class _Writer:
     # --- products
 
     def _product(self, op: Linear) -> list[str]:
-        widest = 64 if self.program.buffers[op.source].is_float else 128
+        widest = _FLOATS_AT_ONCE if self.program.buffers[op.source].is_float else 128
         if op.target in self.tiles:
             widest = WIDEST
         shape = shape_of(self.program, op, widest=widest, whole=op.source in self.tiles)
@@ -242,13 +252,7 @@ class _Writer:
             *self._sums(op, shape, load, "ROWS"),
             self._write(op.target, op.start),
         ]
-        if shape.room > shape.columns:
-            columns = [f"columns = start + tl.arange(0, {shape.columns})", f"inside = columns < {shape.each}"]
-            return [
-                f"for start in range(0, {shape.each}, {shape.columns}):",
-                *indented([*columns, *statements]),
-            ]
-        return [f"columns = tl.arange(0, {shape.columns})", f"inside = columns < {shape.each}", *statements]
+        return self._blocks(shape.each, shape.columns, statements)
 
     def _convolution(self, op: Conv2d) -> list[str]:
         """Image after image; the rows of the product are positions."""
@@ -265,13 +269,9 @@ class _Writer:
             f"made = (columns < {shape.each})[None, :] & (positions < {positions})[:, None]",
             f"tl.store(result + {end + op.start} + {store}, y, mask=made)",
         ]
-        loops = [
-            f"for start in range(0, {shape.each}, {shape.columns}):",
-            *indented(statements),
-        ]
-        loops = [f"for block in range({shape.blocks}):", *indented(loops)]
-        loops = [*position_lines(op, _POSITIONS), *loops]
-        loops = [f"for place in range(0, {positions}, {_POSITIONS}):", *indented(loops)]
+        loops = looped("start", shape.each, shape.columns, statements)
+        loops = [*position_lines(op, _POSITIONS), *looped("block", shape.blocks, 1, loops)]
+        loops = looped("place", positions, _POSITIONS, loops)
         ends = [self._one(source, "image"), self._one(target, "result")]
         return ["for row in range(first, tl.minimum(first + ROWS, n)):", *indented([*ends, *loops])]
 
@@ -289,7 +289,7 @@ class _Writer:
             return lines
         low, high = (self._each(np.array([x], np.float32)) for x in (op.low - op.zero, op.high - op.zero))
         zero = f"tl.load(ints + {self.blocks.add(np.array([op.zero], np.int32))})"
-        return [*lines, f"y = clamp(y, {low}, {high})", *self._to_grid(op.target, zero)]
+        return [*lines, f"y = limited(y, {low}, {high})", *self._to_grid(op.target, zero)]
 
     # --- what comes out
 
@@ -331,9 +331,7 @@ class _Writer:
         for state, after in self.program.states:
             size = self.program.buffers[state].size
             copy = [f"y = {self._read(after)}", self._write(state)]
-            block = min(WIDEST, power_of_two(size))
-            columns = [f"columns = start + tl.arange(0, {block})", f"inside = columns < {size}"]
-            lines += [f"for start in range(0, {size}, {block}):", *indented([*columns, *copy])]
+            lines += _own_names(self._blocks(size, min(WIDEST, power_of_two(size)), copy), len(lines))
         return lines
 
 
@@ -356,6 +354,8 @@ def _makes_all(program: Program, op: Op) -> bool:
         return False
     order = getattr(op, "order", None)
     size = op.weight.rows if isinstance(op, Linear) else program.buffers[op.source].size
+    if isinstance(op, Linear) and program.buffers[op.source].is_float and size > _FLOATS_AT_ONCE:
+        return False
     return program.buffers[op.target].size == (size if order is None else len(order))
 
 
@@ -366,6 +366,14 @@ def _reads_blocks(program: Program, op: Op) -> bool:
         weights = width * power_of_two(op.weight.columns) * min(WIDEST, power_of_two(op.weight.rows))
         return not isinstance(op, Conv2d) and op.gain.shape[1] == 1 and weights <= _AT_ONCE
     return isinstance(op, Table | Activate) or (isinstance(op, Affine) and op.order is None)
+
+
+def _own_names(lines: list[str], number: int) -> list[str]:
+    """With a number after each local name: Triton wants a variable to keep its type."""
+    text = "\n".join(lines)
+    names = set(re.findall(r"^ *(?:for )?([a-z]\w*) (?:=|in) ", text, re.MULTILINE))
+    own = "|".join(name for name in names if not re.fullmatch(r"b\d+", name))
+    return re.sub(rf"(?<![.\w])({own})(?!\w)", rf"\1_{number}", text).splitlines()
 
 
 def _described(program: Program, op: Op) -> str:

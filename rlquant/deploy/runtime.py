@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,15 @@ from rlquant.deploy import reference
 from rlquant.deploy.program import Program
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["RUNTIMES", "ReferenceRuntime", "Runtime", "checked", "checked_states", "flattened", "make_runtime"]
+__all__ = [
+    "RUNTIMES",
+    "ReferenceRuntime",
+    "Runtime",
+    "checked",
+    "checked_states",
+    "flattened",
+    "make_runtime",
+]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -107,7 +116,10 @@ def flattened(program: Program, observations: Observation, *, batch: bool = True
         raise InputError(f"the keys differ in observations: { {key: len(x) for key, x in given.items()} }")
     rows = len(next(iter(given.values()))) if batch else 1
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and saturates
-        parts = [part.reshape(rows, -1).astype(np.float32, copy=False) for part in given.values()]
+        parts = [
+            part.reshape(rows, prod(program.inputs[key])).astype(np.float32, copy=False)
+            for key, part in given.items()
+        ]
     return np.ascontiguousarray(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
 
 
