@@ -26,7 +26,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A shipped agent (see 'rlquant ls agents'), an SB3 .zip, an rl-zoo agent folder, or an artifact.",
+        help="A shipped agent (see 'rlquant ls agents'), an SB3 .zip, an rl-zoo agent folder, an artifact, a "
+        "transformers model folder, a .gguf file or a Hub id.",
     ),
 ]
 EnvOption = Annotated[str | None, typer.Option("--env", help="Environment id; needed for a bare SB3 .zip.")]
@@ -43,6 +44,45 @@ CalibrationOption = Annotated[
 ClosedLoopOption = Annotated[
     int, typer.Option("--closed-loop", help="Rounds of playing quantized and calibrating again.")
 ]
+_LM = "Language models"
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="What is read and scored.", rich_help_panel=_LM)
+]
+CalibrationFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="What methods look at: text, or JSONL of texts, chats or pairs.",
+        rich_help_panel=_LM,
+    ),
+]
+# Options that mean something for both kinds of policies, or for one.
+_BOTH = {
+    "context",
+    "source",
+    "precisions",
+    "methods",
+    "method",
+    "scheme",
+    "seed",
+    "margin",
+    "confidence",
+    "device",
+    "trust",
+    "out",
+}
+_LANGUAGE = {
+    "text",
+    "calibration",
+    "preferences",
+    "window",
+    "stride",
+    "windows",
+    "kv_cache",
+    "generate",
+    "dtype",
+}
+_LANGUAGE |= {"calibration_windows", "calibration_length"}
 # What Typer's parser raises; Typer names only a child of it.
 _UsageError: Any = typer.BadParameter.__base__
 KINDS = ("agents", "envs", "recipes", "schemes")
@@ -59,6 +99,7 @@ def _root(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     source: Source,
     env: EnvOption = None,
     precisions: Annotated[
@@ -106,14 +147,70 @@ def evaluate(
         int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
     ] = 1,
     trust: TrustOption = False,
+    text: TextOption = None,
+    calibration: CalibrationFileOption = None,
+    preferences: Annotated[
+        Path | None,
+        typer.Option(
+            "--preferences", help="Pairs whose chosen answers should be likelier.", rich_help_panel=_LM
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens that are read at once; 1024.", rich_help_panel=_LM)
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="From window to window; its length.", rich_help_panel=_LM)
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="The first so many; all of the text.", rich_help_panel=_LM)
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache", help="Read through a cache of int8, int4 or fp8_e4m3.", rich_help_panel=_LM
+        ),
+    ] = None,
+    generate: Annotated[
+        str | None,
+        typer.Option("--generate", help="Batch sizes to time; 1,8,64 on a GPU.", rich_help_panel=_LM),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/NAME if not given.")] = None,
 ) -> None:
-    """Show how much reward an agent keeps at each precision: a table, results.json and report.html.
+    """Show how much reward a policy keeps at each precision: a table, results.json and report.html.
 
     Repeating an interrupted command finishes it.
     """
     from rlquant.commands import EvaluateOptions, run_evaluate
+    from rlquant.sources import source_kind
 
+    kind = source_kind(source)
+    _refuse_unfit(context, kind, source)
+    if kind == "language":
+        from rlquant.languages import LanguageOptions, run_evaluate_language
+
+        given = _given(context)
+        run_evaluate_language(
+            LanguageOptions(
+                source=source,
+                precisions=_names(precisions, "--precisions") if "precisions" in given else None,
+                methods=_names(methods, "--methods"),
+                text=text,
+                calibration=calibration,
+                preferences=preferences,
+                window=window,
+                stride=stride,
+                windows=windows,
+                kv_cache=kv_cache,
+                generate=None if generate is None else _counts(generate, "--generate"),
+                margin=margin if "margin" in given else None,
+                confidence=confidence,
+                seed=seed,
+                device=device,
+                trust=trust,
+                out=out,
+            )
+        )
+        return
     run_evaluate(
         EvaluateOptions(
             source=source,
@@ -147,6 +244,7 @@ def evaluate(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     source: Source,
     scheme: Annotated[str, typer.Option("--scheme", help="For example int8, w8a8 or w4a8-g32.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the artifact.")],
@@ -157,10 +255,45 @@ def quantize(
     closed_loop: ClosedLoopOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
+    calibration: CalibrationFileOption = None,
+    calibration_windows: Annotated[
+        int, typer.Option("--calibration-windows", help="Windows of it that are read.", rich_help_panel=_LM)
+    ] = 128,
+    calibration_length: Annotated[
+        int, typer.Option("--calibration-length", help="Tokens of each.", rich_help_panel=_LM)
+    ] = 512,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of what stays a float: bf16, fp16 or fp32.", rich_help_panel=_LM)
+    ] = "bf16",
+    device: Annotated[
+        str, typer.Option("--device", help="Where blocks are quantized, one at a time.", rich_help_panel=_LM)
+    ] = "cpu",
 ) -> None:
     """Write a quantized artifact: packed weights as safetensors and JSON, no pickle."""
     from rlquant.commands import run_quantize
+    from rlquant.sources import source_kind
 
+    kind = source_kind(source)
+    _refuse_unfit(context, kind, source)
+    if kind == "language":
+        from rlquant.languages import LanguageQuantizeOptions, run_quantize_language
+
+        run_quantize_language(
+            LanguageQuantizeOptions(
+                source=source,
+                scheme=scheme,
+                method=method,
+                out=out,
+                calibration=calibration,
+                calibration_windows=calibration_windows,
+                calibration_length=calibration_length,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                trust=trust,
+            )
+        )
+        return
     run_quantize(source, scheme, method, out, env, seed, calibration_episodes, closed_loop, normaliser, trust)
 
 
@@ -192,7 +325,9 @@ def tune(
         int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
     ] = 1,
     trust: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/tune-NAME if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; runs/tune-NAME if not given.")
+    ] = None,
 ) -> None:
     """Find the cheapest scheme, per layer, that keeps the reward: artifact, Pareto front, reasons and proof.
 
@@ -242,7 +377,9 @@ def bench(
     seed: SeedOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/bench-NAME if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; runs/bench-NAME if not given.")
+    ] = None,
 ) -> None:
     """Time one action in each runtime at each precision, in turns.
 
@@ -333,6 +470,33 @@ def main() -> None:
     except BrokenPipeError:  # `rlquant ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the options that were given, not taken from their defaults."""
+    return {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+def _refuse_unfit(context: typer.Context, kind: str, source: str) -> None:
+    """Options that mean nothing for this kind of policy. Raises InputError."""
+    control = set(context.params) - _BOTH - _LANGUAGE
+    unfit = sorted(_given(context) & (control if kind == "language" else _LANGUAGE - {"device"}))
+    if unfit:
+        what = "a language model" if kind == "language" else "a control policy"
+        options = ", ".join("--" + name.replace("_", "-") for name in unfit)
+        raise InputError(f"{options} means nothing for {source}, which is {what}: leave it out")
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers."""
+    try:
+        return tuple(int(part) for part in _names(text, option))
+    except ValueError:
+        raise InputError(f"{option} {text!r} is no list of whole numbers such as 1,8,64") from None
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from rlquant.control import Agent
     from rlquant.control.settings import RealTimeSettings
 
-__all__ = ["EvaluateOptions", "default_folder", "publish", "run_evaluate", "run_quantize"]
+__all__ = [
+    "EvaluateOptions",
+    "default_folder",
+    "device_named",
+    "progress_bar",
+    "publish",
+    "run_evaluate",
+    "run_quantize",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         closed_loop=options.closed_loop,
         sequential=options.sequential,
         max_episodes=options.max_episodes,
-        device=_device(options.device),
+        device=device_named(options.device),
         runtime=options.runtime,
         realtime=_realtime(options),
     )
@@ -93,7 +101,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         "versions": versions,
     }
     folder = RunFolder(options.out or default_folder(artifact or agent), determined)
-    with _progress() as progress:
+    with progress_bar("episodes") as progress:
         evaluation = Evaluation(
             agent,
             settings,
@@ -258,7 +266,7 @@ def default_folder(agent: Agent, *what: str) -> Path:
     return Path("runs") / re.sub(r"[^\w.-]+", "-", name).lower()
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
     """A device that torch has. Raises InputError for any other."""
     import torch
 
@@ -273,8 +281,15 @@ def _device(name: str) -> str:
     return name
 
 
-class _progress:
-    """A progress bar on a terminal, silence elsewhere."""
+class progress_bar:
+    """A progress bar on a terminal, silence elsewhere.
+
+    Args:
+        unit: what is counted.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
 
     def __enter__(self) -> Any:
         if not sys.stderr.isatty():
@@ -286,7 +301,7 @@ class _progress:
             TextColumn("{task.description:>16}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("episodes"),
+            TextColumn(self._unit),
             TimeElapsedColumn(),
             console=Console(stderr=True),
         )

@@ -115,6 +115,12 @@ class RunFolder:
         held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
         write_atomic(self._piece_path(name, "safetensors"), save(held, {"fingerprint": self.fingerprint}))
 
+    def forget(self) -> None:
+        """Remove what is only of use to an interrupted run."""
+        for piece in (self.path / "pieces").glob("*"):
+            piece.unlink()
+        (self.path / "pieces").rmdir()
+
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a result file and return its path."""
         write_atomic(self.path / name, content)

@@ -18,7 +18,7 @@ import torch
 from rlquant.errors import InputError, missing_package, unknown_name
 from rlquant.llm.model import LanguageModel
 
-__all__ = ["DTYPES", "load", "read_config", "transformers_module"]
+__all__ = ["ARTIFACT", "DTYPES", "load", "read_config", "tokenizer_of", "transformers_module"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARTIFACT = "rlquant.json"
@@ -60,7 +60,7 @@ def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool =
     if quantized is not None:
         return _from_checkpoint(path, quantized, dtype, device)
     model = _pretrained(str(path), dtype, trust)
-    return LanguageModel(model.to(device), _tokenizer(str(path)), source, dtype, sha256=_hash(path))
+    return LanguageModel(model.to(device), tokenizer_of(str(path)), source, dtype, sha256=_hash(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _pretrained(name: str, dtype: str, trust: bool, **options: Any) -> Any:
         raise InputError(f"{name} cannot be loaded as a causal language model: {first}") from None
 
 
-def _tokenizer(name: str, **options: Any) -> Any:
+def tokenizer_of(name: str, **options: Any) -> Any:
     """The tokenizer, or None where there is none."""
     try:
         return transformers_module().AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
@@ -118,7 +118,7 @@ def _from_hub(source: str, dtype: str, device: str, trust: bool) -> LanguageMode
     name, _, revision = source.partition("@")
     options = {"revision": revision} if revision else {}
     model = _pretrained(name, dtype, trust, **options)
-    return LanguageModel(model.to(device), _tokenizer(name, **options), source, dtype)
+    return LanguageModel(model.to(device), tokenizer_of(name, **options), source, dtype)
 
 
 def _gguf_file(path: Path) -> Path | None:
@@ -151,7 +151,9 @@ def _from_gguf(path: Path, dtype: str, device: str) -> LanguageModel:
     model.tie_weights()
     model.generation_config = loaded.generation_config
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return LanguageModel(model.eval().to(device), _tokenizer(folder, **name), str(path), dtype, sha256=digest)
+    return LanguageModel(
+        model.eval().to(device), tokenizer_of(folder, **name), str(path), dtype, sha256=digest
+    )
 
 
 def _from_checkpoint(path: Path, quantized: dict[str, Any], dtype: str, device: str) -> LanguageModel:

@@ -123,9 +123,9 @@ def block_links(block: nn.Module) -> list[Link]:
         Link(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
     ]
     values, output = (parts.get(f"{attention}.{name}_proj") for name in "vo")
-    if isinstance(values, nn.Linear) and isinstance(output, nn.Linear):
-        if values.out_features == output.in_features:
-            links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",)))
+    linear = isinstance(values, nn.Linear) and isinstance(output, nn.Linear)
+    if linear and values.out_features == output.in_features:
+        links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",)))
     # A norm that adds one to its weight (Gemma's) does not scale as others do.
     plain = [link for link in links if not type(parts.get(link.producer)).__name__.startswith("Gemma")]
     return [link for link in plain if all(name in parts for name in (link.producer, *link.consumers))]

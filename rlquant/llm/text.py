@@ -46,7 +46,7 @@ class Windows:
         stride = stride or length
         if length < 2 or not 1 <= stride <= length:
             raise InputError(
-                f"a window of {length} tokens every {stride} is not possible: take at least 2, and a stride of at most that"
+                f"a window of {length} tokens every {stride} is not possible: take at least 2, and a stride up to that"
             )
         starts = range(0, len(ids) - length + 1, stride)[:limit]
         if not starts:
@@ -66,8 +66,8 @@ class Windows:
         """In words."""
         count, length = self.tokens.shape
         return (
-            f"{count} windows of {length} tokens, stride {self.stride}, {count * self.scored:,} tokens predicted, each window "
-            "on its own"
+            f"{count} windows of {length} tokens, stride {self.stride}, {count * self.scored:,} tokens predicted, "
+            "each window on its own"
         )
 
 

@@ -221,6 +221,20 @@ _REALTIME = _object(
         "retention": _RETENTION,
     }
 )
+_LANGUAGE = _object(
+    {
+        "perplexity": _number,
+        "agreement": _nullable(_object({"kl": _number, "top1": _number})),
+        "generation": _list(
+            _object(
+                {"batch": _count, "first_token_ms": _number, "tokens_per_second": _number, "step": _LATENCY}
+            )
+        ),
+        "preferences": _nullable(
+            _object({"summed": _number, "per_token": _number, "pairs": _count, "cut": _count})
+        ),
+    }
+)
 _ROW = _object(
     {
         "precision": _text,
@@ -233,7 +247,12 @@ _ROW = _object(
         "compression": _nullable(_number),
         "latency_us": _nullable(_LATENCY),
     },
-    {"weights": _list(_WEIGHTS), "shifts": _list(_SHIFT), "realtime": _list(_REALTIME)},
+    {
+        "weights": _list(_WEIGHTS),
+        "shifts": _list(_SHIFT),
+        "realtime": _list(_REALTIME),
+        "language": _nullable(_LANGUAGE),
+    },
 )
 _DOCUMENT = _object(
     {

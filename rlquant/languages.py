@@ -1,0 +1,204 @@
+"""What the commands ``evaluate`` and ``quantize`` do with a language model, once their options are parsed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlquant.commands import device_named, progress_bar, publish
+from rlquant.errors import InputError
+from rlquant.runs import RunFolder, machine_info, package_versions
+
+if TYPE_CHECKING:
+    from rlquant.llm.evaluate import Texts
+    from rlquant.llm.model import LanguageModel
+    from rlquant.llm.settings import LanguageSettings
+
+__all__ = ["LanguageOptions", "LanguageQuantizeOptions", "run_evaluate_language", "run_quantize_language"]
+
+_HELD_OUT = 0.2
+"""Share of the text, at its end, that calibrates where no other data is given."""
+
+
+@dataclass(frozen=True)
+class LanguageOptions:
+    """Options of ``rlquant evaluate`` for a language model; see its help. None takes the default."""
+
+    source: str
+    precisions: tuple[str, ...] | None
+    methods: tuple[str, ...]
+    text: Path | None
+    calibration: Path | None
+    preferences: Path | None
+    window: int | None
+    stride: int | None
+    windows: int | None
+    kv_cache: str | None
+    generate: tuple[int, ...] | None
+    margin: float | None
+    confidence: float
+    seed: int
+    device: str
+    trust: bool
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class LanguageQuantizeOptions:
+    """Options of ``rlquant quantize`` for a language model; see its help."""
+
+    source: str
+    scheme: str
+    method: str
+    out: Path
+    calibration: Path | None
+    calibration_windows: int
+    calibration_length: int
+    dtype: str
+    device: str
+    seed: int
+    trust: bool
+
+
+def run_evaluate_language(options: LanguageOptions) -> None:
+    """Evaluate, write results.json and report.html, print the table."""
+    from rlquant.llm.evaluate import LanguageEvaluation, subject
+    from rlquant.llm.load import load
+    from rlquant.llm.settings import LanguageSettings
+    from rlquant.measure import results_document
+
+    device = device_named(options.device)
+    chosen = {
+        "precisions": options.precisions
+        or (("fp32" if device == "cpu" else "bf16"), "int8", "nf4", "int4-g128"),
+        "methods": options.methods,
+        "window": options.window,
+        "stride": options.stride,
+        "windows": options.windows,
+        "cache": options.kv_cache,
+        "generate": options.generate or ((1,) if device == "cpu" else (1, 8, 64)),
+        "margin": options.margin,
+        "confidence": options.confidence,
+        "seed": options.seed,
+        "device": device,
+    }
+    settings = LanguageSettings(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+    lm = load(options.source, dtype=settings.reference, device=device, trust=options.trust)
+    texts, read = _texts(lm, settings, options)
+    about = {**settings.to_json(), **read, "protocol": texts.windows.protocol}
+    versions = package_versions()
+    determined = {"subject": subject(lm), "settings": about, "versions": versions}
+    folder = RunFolder(options.out or _default_folder(options.source), determined)
+    with progress_bar("windows") as progress:
+        measured = LanguageEvaluation(lm, settings, texts, folder=folder, progress=progress).run()
+    document = results_document(
+        subject=subject(lm),
+        settings=about,
+        machine=machine_info(device),
+        versions=versions,
+        reference=measured["reference"],
+        rows=measured["rows"],
+    )
+    publish(folder, document)
+
+
+def run_quantize_language(options: LanguageQuantizeOptions) -> None:
+    """Quantize a language model and write its artifact; a repeated command goes on after the last finished block."""
+    from rich.console import Console
+
+    from rlquant.llm.artifact import save_artifact
+    from rlquant.llm.calibration import calibration_windows
+    from rlquant.llm.evaluate import subject
+    from rlquant.llm.load import load
+    from rlquant.llm.quantize import Plan, quantize_model_
+    from rlquant.quant import weight_bytes
+
+    plan = Plan.parse(options.scheme, options.method)
+    if plan.needs_calibration and options.calibration is None:
+        raise InputError(
+            f"{plan.method} at {plan.scheme.name} reads text before it quantizes: give --calibration FILE "
+            "(text, or JSONL of text, chats or preference pairs)"
+        )
+    device = device_named(options.device)
+    lm = load(options.source, dtype=options.dtype, trust=options.trust)
+    tokens = None
+    if plan.needs_calibration and options.calibration is not None:
+        tokens = calibration_windows(
+            lm,
+            options.calibration,
+            windows=options.calibration_windows,
+            length=options.calibration_length,
+            seed=options.seed,
+        )
+    settings = {
+        "subject": subject(lm),
+        "plan": [plan.name, plan.method, options.dtype],
+        "calibration": None
+        if tokens is None
+        else tokens.numpy().tobytes().hex()[:4096] + str(tuple(tokens.shape)),
+    }
+    before = weight_bytes(lm.model)
+    work = RunFolder(options.out, settings)
+    with progress_bar("blocks") as progress:
+        quantized = quantize_model_(
+            lm,
+            plan,
+            calibration=tokens,
+            device=device,
+            store=work,
+            progress=lambda done, wanted: progress(plan.scheme.name, done, wanted),
+        )
+    total = save_artifact(quantized, options.out, dtype=options.dtype)
+    work.forget()
+    after = weight_bytes(quantized.model)
+    Console().print(
+        f"{options.out}: {plan.name} by {plan.method}, weights {before:,} -> {after:,} bytes "
+        f"({before / after:.2f}x smaller), {total:,} bytes on disk",
+        highlight=False,
+    )
+
+
+def _texts(
+    lm: LanguageModel, settings: LanguageSettings, options: LanguageOptions
+) -> tuple[Texts, dict[str, str]]:
+    """What is read, and in words what that is."""
+    from rlquant.llm.calibration import calibration_windows, windows_of
+    from rlquant.llm.data import read_pairs
+    from rlquant.llm.evaluate import Texts
+    from rlquant.llm.quantize import Plan
+    from rlquant.llm.text import Windows, read_text
+
+    if options.text is None:
+        raise InputError(
+            "a language model is evaluated on text: give --text FILE, such as WikiText-2's test split"
+        )
+    ids = lm.tokens(read_text(options.text))
+    read = {"text": options.text.name}
+    calibration = None
+    if any(Plan.parse(*row).needs_calibration for row in settings.rows()[1:] if row[1] != "none"):
+        shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}
+        if options.calibration is not None:
+            calibration = calibration_windows(lm, options.calibration, **shape, seed=settings.seed)
+            read["calibration"] = options.calibration.name
+        else:
+            cut = int(len(ids) * (1 - _HELD_OUT))
+            calibration = windows_of([ids[cut:]], **shape, seed=settings.seed, what="the end of the text")
+            ids = ids[:cut]
+            read["calibration"] = f"the last {_HELD_OUT:.0%} of the text, which are not scored"
+            sys.stderr.write(
+                f"rlquant: calibrated on {read['calibration']}; --calibration FILE takes other data\n"
+            )
+    length = min(settings.window, lm.longest)
+    windows = Windows.of(ids, length, settings.stride, settings.windows)
+    pairs = read_pairs(options.preferences) if options.preferences is not None else []
+    if options.preferences is not None:
+        read["preferences"] = options.preferences.name
+    return Texts(windows, calibration, pairs), read
+
+
+def _default_folder(source: str) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", Path(source).name or source)
+    return Path("runs") / name.lower()

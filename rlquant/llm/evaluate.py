@@ -1,0 +1,224 @@
+"""Evaluation of a language model at several precisions: what ``rlquant evaluate`` does for one.
+
+The score of a window of text is its negative mean loss in nats a token. What a precision keeps is its lead over
+uniform guessing, compared with the reference's on the same windows by the paired test that control policies go
+through as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlquant.llm.data import Pair
+from rlquant.llm.load import DTYPES
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.preferences import preference_accuracy
+from rlquant.llm.quantize import Plan, quantize_model_
+from rlquant.llm.settings import LanguageSettings
+from rlquant.llm.speed import Generation, time_generation
+from rlquant.llm.text import Windows, compare_windows, window_losses
+from rlquant.measure import Agreement, Measurement, Retention, Score, Size, compare, plain
+from rlquant.quant import weight_bytes
+from rlquant.runs import RunFolder
+
+__all__ = ["LanguageEvaluation", "Texts", "subject"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read.
+
+    Attributes:
+        windows: of the text that scores.
+        calibration: int64 ``[windows, length]`` of other text; None where no method needs it.
+        pairs: preference pairs, may be empty.
+    """
+
+    windows: Windows
+    calibration: Tensor | None = None
+    pairs: Sequence[Pair] = ()
+
+
+@dataclass
+class _Row:
+    precision: str
+    method: str
+    losses: list[float] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}-{self.method}"
+
+
+class LanguageEvaluation:
+    """One evaluation of one language model.
+
+    Args:
+        lm: the reference, in its float dtype, on the device of the settings.
+        settings: what to run.
+        texts: what to read.
+        folder: keeps finished rows, and finished blocks of rows, for a resumed run.
+        progress: called with (row name, done, wanted).
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        settings: LanguageSettings,
+        texts: Texts,
+        *,
+        folder: RunFolder,
+        progress: Progress = lambda _name, _done, _wanted: None,
+    ) -> None:
+        self.lm, self.settings, self.texts = lm, settings, texts
+        self.folder, self.progress = folder, progress
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
+        rows = [self._measured(_Row(*pair)) for pair in self.settings.rows()]
+        random_score = -math.log(self.lm.vocabulary)
+        measured = [self._measurement(row, rows[0], random_score).to_row() for row in rows]
+        for row, entry in zip(rows, measured, strict=True):
+            entry["language"] = row.profile["language"] | {"perplexity": math.exp(float(np.mean(row.losses)))}
+        return {
+            "reference": {"precision": self.settings.reference, "random_score": random_score},
+            "rows": measured,
+        }
+
+    def _measured(self, row: _Row) -> _Row:
+        kept = self.folder.piece(row.name)
+        if kept is None:
+            lm = self._at(row)
+            windows = self.texts.windows
+            wanted = len(windows.tokens)
+            losses = window_losses(
+                lm, windows, cache=self._cache(lm), done=lambda done: self.progress(row.name, done, wanted)
+            )
+            kept = {"losses": losses.tolist(), "profile": plain(self._profile(row, lm))}
+            self.folder.save_piece(row.name, kept)
+        row.losses, row.profile = kept["losses"], kept["profile"]
+        return row
+
+    def _at(self, row: _Row) -> LanguageModel:
+        """The model at the row's precision; the reference itself stays as it is."""
+        if row.precision == self.lm.precision:
+            return self.lm
+        own = self.lm.but(model=copy.deepcopy(self.lm.model))
+        if row.precision in DTYPES:
+            own.model.to(DTYPES[row.precision])
+            return own.but(precision=row.precision)
+        self.progress(row.name, 0, len(self.texts.windows.tokens))
+        return quantize_model_(
+            own,
+            Plan.parse(row.precision, row.method),
+            calibration=self.texts.calibration,
+            store=_Blocks(self.folder, row.name),
+        )
+
+    def _cache(self, lm: LanguageModel) -> Callable[[], Any] | None:
+        scheme = self.settings.cache
+        if scheme is None:
+            return None
+        from rlquant.llm.kv_cache import QuantizedCache
+
+        return lambda: QuantizedCache(lm.model.config, scheme)
+
+    def _profile(self, row: _Row, lm: LanguageModel) -> dict[str, Any]:
+        """What is measured besides the losses."""
+        settings, windows = self.settings, self.texts.windows
+        some = Windows(windows.tokens[: settings.agreement_windows], windows.stride)
+        agreement = None if lm is self.lm else compare_windows(self.lm, lm, some)
+        prompt = windows.tokens.ravel()[: settings.prompt_tokens].tolist()
+        simulated = row.precision not in DTYPES
+        generation = [
+            time_generation(
+                lm,
+                prompt,
+                batch=batch,
+                tokens=settings.new_tokens,
+                simulated=simulated,
+                cache=self._cache(lm),
+            )
+            for batch in settings.generate
+        ]
+        language: dict[str, Any] = {
+            "agreement": None if agreement is None else asdict(agreement),
+            "generation": [_generation_json(each) for each in generation],
+            "preferences": None,
+        }
+        if self.texts.pairs:
+            language["preferences"] = asdict(preference_accuracy(lm, self.texts.pairs))
+        latency = next((each.step for each in generation if each.batch == 1), None)
+        return {"bytes": weight_bytes(lm.model), "latency": latency, "language": language}
+
+    def _measurement(self, row: _Row, reference: _Row, random_score: float) -> Measurement:
+        scores, settings = -np.asarray(row.losses), self.settings
+        if row is reference:
+            retention = Retention.of_reference()
+        else:
+            retention = compare(
+                -np.asarray(reference.losses),
+                scores,
+                random_score=random_score,
+                margin=settings.margin,
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
+        same = row.profile["language"]["agreement"]
+        return Measurement(
+            precision=row.precision,
+            method=row.method,
+            runtime="torch",
+            score=Score.from_episodes(scores, confidence=settings.confidence, seed=settings.seed),
+            retention=retention,
+            bytes=Size(row.profile["bytes"]),
+            compression=reference.profile["bytes"] / row.profile["bytes"],
+            agreement=None if same is None else Agreement(action=same["top1"], max_abs=None),
+            latency=row.profile["latency"],
+        )
+
+
+class _Blocks:
+    """Finished blocks of one row in a run folder."""
+
+    def __init__(self, folder: RunFolder, row: str) -> None:
+        self.folder, self.row = folder, row
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        return self.folder.tensors(f"{self.row}-{name}")
+
+    def save_tensors(self, name: str, tensors: Any) -> None:
+        self.folder.save_tensors(f"{self.row}-{name}", tensors)
+
+
+def _generation_json(generation: Generation) -> dict[str, Any]:
+    return {**asdict(generation), "step": asdict(generation.step)}
+
+
+def subject(lm: LanguageModel) -> dict[str, Any]:
+    """The ``subject`` of a results document."""
+    return {
+        "source": lm.source,
+        "kind": "language",
+        "algorithm": type(lm.model).__name__,
+        "env": None,
+        "parameters": lm.parameters,
+        "sha256": lm.sha256 or None,
+    }
+
+
+def free_memory() -> None:
+    """Gives cached CUDA memory back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

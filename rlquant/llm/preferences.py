@@ -1,0 +1,86 @@
+"""How often a model finds the chosen answer of a preference pair more likely than the rejected one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from rlquant.errors import InputError
+from rlquant.llm.data import Messages, Pair, as_text
+from rlquant.llm.model import LanguageModel
+
+__all__ = ["PreferenceAccuracy", "answer_log_probability", "preference_accuracy"]
+
+
+@dataclass(frozen=True)
+class PreferenceAccuracy:
+    """Shares of pairs in which the chosen answer is the likelier one.
+
+    Attributes:
+        summed: by the sum of its tokens' log-probabilities.
+        per_token: by their mean, which favours no length.
+        pairs: how many were compared.
+        cut: how many were longer than the model reads, and lost the beginning of their prompt.
+    """
+
+    summed: float
+    per_token: float
+    pairs: int
+    cut: int
+
+
+def preference_accuracy(
+    lm: LanguageModel, pairs: Sequence[Pair], *, longest: int | None = None
+) -> PreferenceAccuracy:
+    """Compare the answers of all pairs.
+
+    Args:
+        lm: the model, with its tokenizer.
+        pairs: see :func:`rlquant.llm.data.read_pairs`.
+        longest: tokens of prompt and answer together; by default what the model was made for.
+
+    Raises:
+        InputError: there is no pair, or an answer alone is too long.
+    """
+    if not pairs:
+        raise InputError("there is no preference pair to compare")
+    limit = min(longest or lm.longest, lm.longest)
+    better, better_each, cut = 0, 0, 0
+    for pair in pairs:
+        answers = [_tokens(lm, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        cut += any(len(prompt) + len(answer) > limit for prompt, answer in answers)
+        sums = [answer_log_probability(lm, prompt, answer, limit) for prompt, answer in answers]
+        means = [total / len(answer) for total, (_, answer) in zip(sums, answers, strict=True)]
+        better += sums[0] > sums[1]
+        better_each += means[0] > means[1]
+    return PreferenceAccuracy(better / len(pairs), better_each / len(pairs), len(pairs), cut)
+
+
+def answer_log_probability(lm: LanguageModel, prompt: list[int], answer: list[int], longest: int) -> float:
+    """Log-probability of the answer's tokens after the prompt, in nats; of a long prompt the end is read."""
+    if not 0 < len(answer) < longest:
+        raise InputError(f"an answer has {len(answer)} tokens; 1 to {longest - 1} are possible")
+    ids = torch.tensor([prompt[-(longest - len(answer)) :] + answer], device=lm.device)
+    if ids.shape[1] == len(answer):
+        raise InputError("a preference pair has no prompt")
+    with torch.no_grad():
+        logits = lm.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+    chosen = F.log_softmax(logits, dim=-1).gather(1, ids[0, -len(answer) :][:, None])
+    return float(chosen.double().sum())
+
+
+def _tokens(lm: LanguageModel, prompt: str | Messages, answer: str | Messages) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, as the chat template writes it where it is a chat, and of an answer."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return lm.tokens(prompt), lm.tokens(answer)
+    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    end = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    if getattr(lm.tokenizer, "chat_template", None) is None:
+        before = as_text(start, lm.tokenizer) + "assistant: "
+    else:
+        before = lm.tokenizer.apply_chat_template(start, tokenize=False, add_generation_prompt=True)
+    whole = "".join(turn["content"] for turn in end) if len(end) == 1 else as_text(end, lm.tokenizer)
+    return lm.tokens(before), lm.tokens(whole)
