@@ -18,7 +18,7 @@ from rlquant.control.quantize import quantize_agent
 from rlquant.control.quantizer import Quantizer
 from rlquant.control.rollout import EnvPool, Rollout, rollout
 from rlquant.control.session import Session
-from rlquant.control.settings import Settings
+from rlquant.control.settings import RealTimeSettings, Settings
 
 __all__ = [
     "Agent",
@@ -30,6 +30,7 @@ __all__ = [
     "Inputs",
     "Normaliser",
     "Quantizer",
+    "RealTimeSettings",
     "Rollout",
     "Session",
     "Settings",

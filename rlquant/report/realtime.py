@@ -118,8 +118,8 @@ def realtime_figures(document: dict[str, Any]) -> dict[str, Any]:
     if not played:
         return {}
     factors = sorted({entry["slowdown"] for _, entries in played for entry in entries})
-    slowdown = _against(document, "slowdown", lambda entry: float(entry["slowdown"]))
-    slowdown.update_xaxes(tickvals=factors, ticktext=[factor_text(factor) for factor in factors])
+    slowdown = _against(document, "slowdown, times", lambda entry: float(entry["slowdown"]))
+    slowdown.update_xaxes(tickvals=factors, tickformat="~s", tickangle=0)
     period = 1e3 / played[0][1][0]["control_rate_hz"]
     action = _against(document, "time of an action, p50, ms", lambda entry: entry["latency_us"]["p50"] / 1e3)
     action.add_vline(
