@@ -1,0 +1,147 @@
+"""Bytes of a language model's weights at a precision, from its sizes alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from rlquant.errors import InputError, unknown_name
+from rlquant.llm.architecture import Architecture
+from rlquant.llm.load import DTYPES
+from rlquant.quant import QuantizedWeight, Scheme, weight_bytes
+
+__all__ = ["DOUBLE_QUANT", "Packing", "Precision", "WeightBytes"]
+
+DOUBLE_QUANT = "nf4-dq"
+_BLOCK, _SUPER_BLOCK = 64, 256
+# What bitsandbytes' kernels read packed; all else is unpacked by rlquant's own layers.
+_BITSANDBYTES = ("nf4", "fp4_e2m1", "int8")
+# Peak of QuantizedWeight.dequantize: int32 codes, their decoded float32, a spread scale and temporaries.
+_UNPACKING = 21
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the blocks' matrices, of the embedding (and an output layer of its own), and of norms and biases."""
+
+    blocks: int
+    tables: int
+    vectors: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.blocks + self.tables + self.vectors
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a matrix is packed: a scheme, and whether NF4's scales are quantized too (QLoRA, arXiv:2305.14314)."""
+
+    scheme: Scheme
+    double_quant: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Packing | None:
+        """Of a scheme's name or ``nf4-dq``; None for a plain float dtype. Raises InputError."""
+        if name in DTYPES:
+            return None
+        double_quant = name == DOUBLE_QUANT
+        return cls(Scheme.parse("nf4" if double_quant else name), double_quant)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether bitsandbytes has kernels that read it."""
+        return self.double_quant or self.scheme.name in _BITSANDBYTES
+
+    def bytes(self, shape: tuple[int, int]) -> int:
+        """Exact bytes of a packed ``[outputs, inputs]`` matrix, scales included."""
+        return _double_quant_bytes(math.prod(shape)) if self.double_quant else _bytes(shape, self.scheme)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored.
+
+    Attributes:
+        name: such as ``bf16``, ``int4-g128``, ``nf4-dq+embedding=int8``.
+        blocks: packing of the linear layers of the blocks; None where they stay in ``dtype``.
+        tables: of the embedding and the output layer, likewise.
+        dtype: of what is not packed: ``bf16``, ``fp16`` or ``fp32``.
+    """
+
+    name: str
+    blocks: Packing | None
+    tables: Packing | None
+    dtype: str
+
+    @classmethod
+    def parse(cls, name: str, *, embedding: str | None = None, dtype: str = "bf16") -> Precision:
+        """Of a float dtype, a scheme, or ``nf4-dq``; each may be followed by ``+embedding=SCHEME``.
+
+        Args:
+            name: as above; a float dtype is also that of what is not packed.
+            embedding: scheme of the embedding and the output layer where ``name`` says nothing about them.
+            dtype: of what is not packed.
+
+        Raises:
+            InputError: there is no such scheme.
+        """
+        if dtype not in DTYPES:
+            raise unknown_name("dtype", dtype, DTYPES)
+        head, plus, rest = name.partition("+")
+        key, equals, own = rest.partition("=")
+        if plus and (key != "embedding" or not equals):
+            raise InputError(
+                f"precision {name!r} is not understood: write nf4 or, with the embedding's, nf4+embedding=int8"
+            )
+        table = own or embedding or dtype
+        if not plus and table not in DTYPES:
+            name = f"{head}+embedding={table}"
+        return cls(name, Packing.parse(head), Packing.parse(table), head if head in DTYPES else dtype)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of an element of what is not packed."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element of a product: float32 weights multiply in float32, all others in 16 bit."""
+        return 4 if self.blocks is None and self.float_bytes == 4 else 2
+
+    def weights(self, model: Architecture) -> WeightBytes:
+        """Exact bytes of a model's weights, scales included."""
+        shapes = [(linear.outputs, linear.inputs) for linear in model.linears]
+        blocks = model.layers * sum(self._matrix(shape, self.blocks) for shape in shapes)
+        table = self._matrix((model.vocabulary, model.hidden), self.tables)
+        return WeightBytes(blocks, model.tables * table, model.vectors * self.float_bytes)
+
+    def unpacked(self, model: Architecture) -> int:
+        """Bytes that the largest matrix of a block takes while it is multiplied with, beside its packed form."""
+        largest = max(linear.weights for linear in model.linears)
+        if self.blocks is None:
+            return 0
+        return largest * (self.compute_bytes if self.blocks.in_kernel else _UNPACKING)
+
+    def unpacked_head(self, model: Architecture) -> int:
+        """The same of the output layer, which is as large as the vocabulary."""
+        return 0 if self.tables is None else model.vocabulary * model.hidden * _UNPACKING
+
+    def _matrix(self, shape: tuple[int, int], packing: Packing | None) -> int:
+        return math.prod(shape) * self.float_bytes if packing is None else packing.bytes(shape)
+
+
+@cache
+def _bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    with torch.device("meta"):
+        return weight_bytes(QuantizedWeight(shape, scheme))
+
+
+def _double_quant_bytes(elements: int) -> int:
+    """bitsandbytes' layout: 4 bits, a byte a block, a float32 for 256 of those, an offset and two code tables."""
+    blocks = -(-elements // _BLOCK)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // _SUPER_BLOCK) + 4 + 4 * (256 + 16)
