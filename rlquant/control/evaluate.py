@@ -7,7 +7,6 @@ Every precision plays the same episodes as fp32. Scores go through the paired st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from rlquant.control.realtime import (
     realtime_json,
 )
 from rlquant.control.rollout import EnvPool, rollout
+from rlquant.control.row import Row
 from rlquant.control.runtimes import RuntimeChooser, is_simulated, tell_passed_over
 from rlquant.control.settings import LOOKS, RealTimeSettings, Settings
 from rlquant.errors import InputError
@@ -43,35 +43,6 @@ LATENCIES = "latencies"
 
 _RANDOM_EPISODES = 100
 _CHUNK = 256  # episodes between two saves of a long row
-
-
-@dataclass
-class _Row:
-    """One precision while it is evaluated; ``profile`` is what is measured besides the scores.
-
-    ``realtime`` holds the same precision in worlds that do not wait, a row for each ``coupling``.
-    """
-
-    scheme: MixedScheme
-    method: str
-    agent: Agent
-    artifact: bool = False
-    runtime: str = ""
-    returns: list[float] = field(default_factory=list)
-    profile: dict[str, Any] = field(default_factory=dict)
-    coupling: Coupling | None = None
-    realtime: list[_Row] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        slowdown = f"-x{self.coupling.slowdown:.12g}" if self.coupling else ""
-        return f"{self.scheme.name}-{self.method}" + ("-artifact" if self.artifact else "") + slowdown
-
-    def resume(self, pieces: Pieces) -> None:
-        """Take over what an interrupted run has kept."""
-        kept = pieces.piece(self.name)
-        if kept is not None:
-            self.returns, self.profile, self.runtime = kept["returns"], kept["profile"], kept["runtime"]
 
 
 Progress = Callable[[str, int, int], None]
@@ -149,21 +120,21 @@ class Evaluation:
         reference = {"precision": "fp32", "random_score": random_score}
         return {"reference": reference, "rows": [measurement.to_row() for measurement in measured]}
 
-    def _rows(self) -> list[_Row]:
+    def _rows(self) -> list[Row]:
         """fp32 first; what an interrupted run has kept is filled in."""
         rows = [
-            _Row(scheme, method, self._quantized(scheme, method))
+            Row(scheme, method, self._quantized(scheme, method))
             for scheme, method in self.chosen_rows or self.settings.schemes()
         ]
         if self.artifact is not None:
             scheme = MixedScheme.parse(self.artifact.precision)
-            rows.append(_Row(scheme, self.artifact.method, self.artifact, artifact=True))
+            rows.append(Row(scheme, self.artifact.method, self.artifact, artifact=True))
         for row in rows:
             row.resume(self.pieces)
         self._choose_runtimes([row for row in rows if not row.runtime])
         return rows
 
-    def _choose_runtimes(self, rows: list[_Row]) -> None:
+    def _choose_runtimes(self, rows: list[Row]) -> None:
         """What an interrupted run has begun goes on in the runtime that it began in."""
         settings = self.settings
         chooser = RuntimeChooser(
@@ -174,20 +145,18 @@ class Evaluation:
             row.runtime = choice.name
         tell_passed_over((row.scheme.name, choice) for row, choice in zip(rows, choices, strict=True))
 
-    def _couple(self, rows: list[_Row], realtime: RealTimeSettings) -> None:
+    def _couple(self, rows: list[Row], realtime: RealTimeSettings) -> None:
         """The rows that play in real time, with what their actions take."""
         latencies = latencies_of([row.name for row in rows], realtime.latencies_us) or self._latencies(rows)
         for row in rows:
             simulated = realtime.latencies_us is None and is_simulated(row.agent, row.runtime)
             for slowdown in dict.fromkeys(realtime.slowdowns):
                 coupling = Coupling(tuple(latencies[row.name]), slowdown, self._rate_hz, simulated)
-                coupled = _Row(
-                    row.scheme, row.method, row.agent, row.artifact, row.runtime, coupling=coupling
-                )
+                coupled = Row(row.scheme, row.method, row.agent, row.artifact, row.runtime, coupling=coupling)
                 coupled.resume(self.pieces)
                 row.realtime.append(coupled)
 
-    def _latencies(self, rows: list[_Row]) -> dict[str, list[float]]:
+    def _latencies(self, rows: list[Row]) -> dict[str, list[float]]:
         """Measured once, so that a resumed run replays the same."""
         kept = self.pieces.piece(LATENCIES)
         if kept is None:
@@ -201,7 +170,7 @@ class Evaluation:
         self.progress(f"{scheme.name}-{method}", 0, self.settings.episodes)
         return self.quantizer.quantize(scheme, method)
 
-    def _play(self, row: _Row, wanted: int) -> None:
+    def _play(self, row: Row, wanted: int) -> None:
         """Bring a row to ``wanted`` episodes, keeping what is done after each chunk."""
         while len(row.returns) < wanted:
             done = len(row.returns)
@@ -223,7 +192,7 @@ class Evaluation:
             self._keep_row(row)
         self.progress(row.name, wanted, wanted)
 
-    def _play_until_decided(self, rows: list[_Row], random_score: float) -> None:
+    def _play_until_decided(self, rows: list[Row], random_score: float) -> None:
         """Extend undecided rows (and the reference), up to ``LOOKS`` looks in all.
 
         Each look judges as many episodes as the look before planned, whatever an interrupted run has kept
@@ -244,7 +213,7 @@ class Evaluation:
             for row in rows[1:]:
                 self._play(row, planned[row.name])
 
-    def _measure(self, rows: list[_Row]) -> None:
+    def _measure(self, rows: list[Row]) -> None:
         """Fill the profiles that are not there yet."""
         missing = [row for row in rows if not row.profile]
         if not missing:
@@ -272,7 +241,7 @@ class Evaluation:
             self._keep_row(row)
 
     def _retention(
-        self, row: _Row, reference: _Row, random_score: float, episodes: int | None = None
+        self, row: Row, reference: Row, random_score: float, episodes: int | None = None
     ) -> Retention:
         """Of the first ``episodes`` episodes; of all by default."""
         if row is reference:
@@ -287,7 +256,7 @@ class Evaluation:
             seed=self.settings.seed,
         )
 
-    def _measurement(self, row: _Row, reference: _Row, random_score: float) -> Measurement:
+    def _measurement(self, row: Row, reference: Row, random_score: float) -> Measurement:
         settings, profile = self.settings, row.profile
         return Measurement(
             precision=row.scheme.name,
@@ -304,7 +273,7 @@ class Evaluation:
             realtime=tuple(self._in_real_time(each, reference, random_score) for each in row.realtime),
         )
 
-    def _in_real_time(self, row: _Row, reference: _Row, random_score: float) -> dict[str, Any]:
+    def _in_real_time(self, row: Row, reference: Row, random_score: float) -> dict[str, Any]:
         """Compared with the reference in a world that waits."""
         assert row.coupling is not None
         settings = self.settings
@@ -315,7 +284,7 @@ class Evaluation:
             retention=self._retention(row, reference, random_score, len(row.returns)),
         )
 
-    def _keep_row(self, row: _Row) -> None:
+    def _keep_row(self, row: Row) -> None:
         kept = {"returns": row.returns, "profile": row.profile, "runtime": row.runtime}
         self.pieces.save_piece(row.name, kept)
 
