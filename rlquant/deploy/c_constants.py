@@ -122,7 +122,8 @@ def _interleaved(values: Array, rows: int, bits: int, group: int) -> Array:
     span = 4 * steps_per_unit(bits)
     parts = [_padded(blocks[:, :, i : i + group], span) for i in range(0, columns, group)]
     units = np.concatenate(parts, axis=2).reshape(len(blocks), rows, -1, span // 4, 4)
-    codes = (units.transpose(0, 2, 3, 1, 4) & (2**bits - 1)).astype(np.uint8)  # [blocks, units, steps, rows, 4]
+    # [blocks, units, steps, rows, 4]
+    codes = (units.transpose(0, 2, 3, 1, 4) & (2**bits - 1)).astype(np.uint8)
     lanes = codes.reshape(len(blocks), -1, span // 4, 4 * rows)
     return np.concatenate(_planes(lanes, bits), axis=2).ravel()
 

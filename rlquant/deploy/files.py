@@ -84,7 +84,10 @@ def program_files(program: Program) -> dict[str, bytes]:
 
     document, tensors = _encode(program)
     document["sha256"] = _hash(document, tensors)
-    return {"program.safetensors": save(tensors), "program.json": json.dumps(document, separators=(",", ":")).encode()}
+    return {
+        "program.safetensors": save(tensors),
+        "program.json": json.dumps(document, separators=(",", ":")).encode(),
+    }
 
 
 def program_hash(program: Program) -> str:
