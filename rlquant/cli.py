@@ -421,6 +421,73 @@ def export(
 
 
 @app.command()
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder with a config.json, that file, or a Hub id."),
+    ] = "Qwen/Qwen2.5-0.5B",
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="8GB, or a card such as 'RTX 4090' [default: common cards].")
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", help="infer, or QLoRA training: sft, dpo, reward, grpo, ppo.")
+    ] = "infer",
+    precisions: Annotated[
+        str, typer.Option("--precisions", help="Comma-separated schemes; nf4-dq quantizes scales too.")
+    ] = "bf16,int8,nf4,nf4-dq,int4-g128",
+    embedding: Annotated[
+        str | None, typer.Option("--embedding", help="Scheme of the embedding and the output layer.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of what is not quantized: bf16, fp16 or fp32.")
+    ] = "bf16",
+    seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence, prompt and completion.")] = 1024,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at once; pairs in dpo and reward.")] = 4,
+    completion: Annotated[
+        int | None, typer.Option("--completion", help="Tokens of --seq that are generated [default: half].")
+    ] = None,
+    kv: Annotated[str, typer.Option("--kv", help="Of the KV cache: bf16, int8, int4 or fp8_e4m3.")] = "bf16",
+    rank: Annotated[int, typer.Option("--rank", help="Of the LoRA adapters.")] = 16,
+    adapters: Annotated[str, typer.Option("--adapters", help="Their dtype: fp32 or bf16.")] = "fp32",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or adamw8bit.")] = "adamw",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
+    ] = True,
+    full_logits: Annotated[
+        bool, typer.Option("--full-logits", help="All logits at once, as a plain loss or perplexity does.")
+    ] = False,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Sequences of a batch differ in length: a mask is needed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Plan the device memory of a language model from its config alone: what fits on which card."""
+    from rlquant.planning import MemoryOptions, run_memory
+
+    run_memory(
+        MemoryOptions(
+            model=model,
+            gpu=gpu,
+            task=task,
+            precisions=_names(precisions, "--precisions"),
+            embedding=embedding,
+            dtype=dtype,
+            seq=seq,
+            batch=batch,
+            completion=completion,
+            kv=kv,
+            rank=rank,
+            adapters=adapters,
+            optimizer=optimizer,
+            checkpointing=checkpointing,
+            full_logits=full_logits,
+            padded=padded,
+            json=as_json,
+        )
+    )
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
     """List shipped agents, environments, recipes or schemes."""
     if kind not in KINDS:

@@ -16,6 +16,7 @@ added up; the largest stage is the peak. What is assumed (transformers 5, peft, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
 from rlquant.errors import InputError, unknown_name
 from rlquant.llm.activations import Activations
 from rlquant.llm.architecture import Architecture
