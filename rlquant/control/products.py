@@ -108,8 +108,9 @@ def _weight(matrix: QuantizedWeight | torch.Tensor, integer: bool) -> tuple[Weig
         rows = packed.shape[0]
         columns = int(np.prod(packed.shape[1:]))
         if packed.scheme.weights.kind == "int" and packed.scheme.symmetric:
-            assert packed.scale is not None
-            scale = np.broadcast_to(packed.scale.double().numpy(), (rows, packed.scale.shape[1]))
+            qparams = packed.qparams()
+            assert qparams is not None
+            scale = np.broadcast_to(qparams.scale.double().numpy(), (rows, qparams.scale.shape[1]))
             group = packed.scheme.granularity.group_size or columns
             return Weight(rows, columns, packed.scheme.weights.bits, packed.codes.numpy()), scale, group
         if integer:

@@ -160,6 +160,7 @@ class LearnedWeight(_LearnedGridModule):
         self.scheme = scheme
         self.observer = observer
         self.what = what
+        self.caches = True
         self.to(weight.device)
         self.weight = weight
         self.reset_grid()

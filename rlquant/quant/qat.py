@@ -73,6 +73,8 @@ def prepare_qat_(
                 f"quantization-aware training learns integer grids, and {each.name} has none: "
                 f"take int{max(2, min(each.weights.bits, 16))} or a wXaY scheme"
             )
+        if each.double:
+            raise InputError(f"scales in 8 bits cannot be learned: take {replace(each, double=False).name}")
     layers = {name: module.get_submodule(name) for name in by_layer}
     ranges = _observed(module, layers, by_layer, calibration, observer)
 

@@ -3,7 +3,8 @@
 ``int8``, ``nf4``, ``bf16`` ... quantize weights only; ``w4a8`` gives weights 4 bits and activations 8.
 Suffixes: ``-g32`` groups of 32, ``-tensor`` or ``-channel`` one scale for the tensor or per output channel,
 ``-asym`` weights with a zero point, ``-dynamic`` activation ranges per row and call, ``-mse`` (or another
-observer) for the range of the weights, ``-act_mse`` for that of the activations.
+observer) for the range of the weights, ``-act_mse`` for that of the activations, ``-dq`` scales of groups in
+8 bits (double quantization).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Scheme:
     ``weights`` is a format of ``FORMATS``; ``activations`` is None (left in float) or an unsigned format,
     since activations are always asymmetric. ``symmetric`` is about the weights. ``observer`` names the range
     rule of the weights, ``activation_observer`` that of static activations; ``dynamic`` takes activation
-    ranges per row at every call instead. Raises InputError for a combination that means nothing.
+    ranges per row at every call instead; ``double`` keeps the scales of groups in 8 bits. Raises InputError
+    for a combination that means nothing.
     """
 
     weights: Format
@@ -42,6 +44,7 @@ class Scheme:
     observer: str = "minmax"
     activation_observer: str = "minmax"
     dynamic: bool = False
+    double: bool = False
 
     def __post_init__(self) -> None:
         for observer in (self.observer, self.activation_observer):
@@ -61,6 +64,8 @@ class Scheme:
             )
         if self.activations is not None and (self.activations.signed or self.weights.kind != "int"):
             raise InputError("activations are unsigned integers beside integer weights, as in 'w4a8'")
+        if self.double and self.granularity.group_size is None:
+            raise InputError("'-dq' quantizes the scales of groups: name a group, as in 'int4-g64-dq'")
         plain = self.granularity == CHANNEL and self.observer == "minmax"
         if not self.weights.is_scaled and not plain:
             raise InputError(f"{self.weights.name} is a plain cast without scales: it takes no suffix")
@@ -108,6 +113,8 @@ class Scheme:
             suffixes.append("asym")
         if self.dynamic:
             suffixes.append("dynamic")
+        if self.double:
+            suffixes.append("dq")
         if self.observer != "minmax":
             suffixes.append(self.observer)
         if self.activation_observer != "minmax":
@@ -157,6 +164,7 @@ def _read_suffix(name: str, suffix: str) -> tuple[str, object]:
         "channel": ("granularity", CHANNEL),
         "asym": ("symmetric", False),
         "dynamic": ("dynamic", True),
+        "dq": ("double", True),
     }
     known |= {observer: ("observer", observer) for observer in OBSERVERS}
     known |= {_ACTIVATION + observer: ("activation_observer", observer) for observer in OBSERVERS}

@@ -83,7 +83,13 @@ def _quantized_row(name: str, layer: QuantizedLayer, counted: set[int]) -> Layer
         weights=sum(math.prod(weight.shape) for weight in weights),
         codes=sum(_bytes(weight.codes) for weight in weights)
         + sum(_bytes(part) for name, part in own.items() if name.startswith("outlier")),
-        scales=sum(_bytes(weight.scale) for weight in weights) + _bytes(own.get("input_scale")),
+        scales=sum(
+            _bytes(buffer)
+            for weight in weights
+            for name, buffer in weight.named_buffers()
+            if name.startswith("scale")
+        )
+        + _bytes(own.get("input_scale")),
         zero_points=sum(_bytes(weight.zero_point) for weight in weights),
         other=sum(_bytes(buffer) for name, buffer in own.items() if name.startswith("bias"))
         + sum(_bytes(buffer) for part in activations for buffer in part.buffers()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlquant.errors import InputError
 from rlquant.quant.affine import QParams, dequantize, finite_extremes, quantize
+from rlquant.quant.double import double_dequantize, double_quantize
 from rlquant.quant.granularity import as_matrix, row_chunks
 from rlquant.quant.observers import weight_qparams
 from rlquant.quant.packing import pack, packed_size, unpack
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
 __all__ = ["Float32Scale", "QuantizedWeight", "nearest_codes", "nearest_qparams", "spread_qparams"]
 
 
+_DOUBLE = ("scale_codes", "scale_ranges", "scale_offset")
+
+
 class Float32Scale(nn.Module):
     """Keeps its ``scale`` float32 under ``.half()`` and the like: a rounded scale is another map."""
 
     scale: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale = self.scale
+        before = {name: buffer for name, buffer in self._buffers.items() if name.startswith("scale")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scale is not None and self.scale is not None and self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        for name, scale in before.items():
+            after = self._buffers[name]
+            if scale is not None and after is not None and after.dtype != scale.dtype:
+                self._buffers[name] = scale.to(after.device)
         return self
 
 
@@ -42,6 +48,8 @@ class QuantizedWeight(Float32Scale):
 
     - ``codes``: uint8 ``[ceil(numel * bits / 8)]``, the packed codes in row-major order
     - ``scale``: float32 ``[scale_rows, groups]``; absent for plain casts (fp16, bf16)
+    - ``scale_codes``, ``scale_ranges``, ``scale_offset``: instead of ``scale`` where the scheme is double; see
+      :mod:`~rlquant.quant.double`
     - ``zero_point``: uint8, packed at ``bits`` bits in the order of the scales; asymmetric schemes only
 
     Attributes:
@@ -66,7 +74,11 @@ class QuantizedWeight(Float32Scale):
         bits = scheme.stored.bits
         zero_point_bytes = packed_size(math.prod(scale_shape), bits)
         self.register_buffer("codes", torch.zeros(packed_size(rows * columns, bits), dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones(scale_shape) if scheme.stored.is_scaled else None)
+        single = scheme.stored.is_scaled and not scheme.double
+        self.register_buffer("scale", torch.ones(scale_shape) if single else None)
+        if scheme.double:
+            for name, part in zip(_DOUBLE, double_quantize(torch.ones(scale_shape)), strict=True):
+                self.register_buffer(name, part)
         self.register_buffer(
             "zero_point", None if scheme.symmetric else torch.zeros(zero_point_bytes, dtype=torch.uint8)
         )
@@ -90,10 +102,17 @@ class QuantizedWeight(Float32Scale):
         bits = scheme.stored.bits
         self.codes = pack(codes, bits)
         if qparams is not None:
-            self.scale = qparams.scale.to(torch.float32).contiguous()
+            self._set_scale(qparams.scale)
             if qparams.zero_point is not None:
                 self.zero_point = pack(qparams.zero_point, bits)
         return self
+
+    def _set_scale(self, scale: Tensor) -> None:
+        if not self.scheme.double:
+            self.scale = scale.to(torch.float32).contiguous()
+            return
+        for name, part in zip(_DOUBLE, double_quantize(scale), strict=True):
+            self.register_buffer(name, part)
 
     def unpacked(self) -> Tensor:
         """The codes: int32 of the weight's shape, bit patterns in ``0 .. 2**bits - 1``."""
@@ -101,12 +120,16 @@ class QuantizedWeight(Float32Scale):
 
     def qparams(self) -> QParams | None:
         """Scale and zero point ``[scale_rows, groups]``; None for plain casts."""
-        if self.scale is None:
-            return None
-        if self.zero_point is None:
-            return QParams(self.scale)
-        zero_point = unpack(self.zero_point, self.scheme.stored.bits, self.scale.numel())
-        return QParams(self.scale, zero_point.view(self.scale.shape))
+        scale = self.scale
+        if self.scheme.double:
+            shape = self.scheme.granularity.scale_shape(
+                *as_matrix(torch.empty(self.shape, device="meta")).shape
+            )
+            scale = double_dequantize(*(self.get_buffer(name) for name in _DOUBLE)).view(shape)
+        if scale is None or self.zero_point is None:
+            return None if scale is None else QParams(scale)
+        zero_point = unpack(self.zero_point, self.scheme.stored.bits, scale.numel())
+        return QParams(scale, zero_point.view(scale.shape))
 
     def dequantize(self) -> Tensor:
         """The real weight: float32 of the weight's shape, computed afresh."""
