@@ -197,7 +197,7 @@ def test_logits_move_less_the_more_bits_there_are(model):
 
     int8, fp8, int4 = divergence("int8"), divergence("fp8_e4m3"), divergence("int4")
     assert 0 < int8 < fp8 < int4
-    assert int8 < 1e-3
+    assert int8 < int4 / 100  # the square of the ratio of the steps, 17, is 289
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
