@@ -93,6 +93,8 @@ class CudaRuntime:
         self.program = program
         self.device = torch.device(device)
         check_device(self.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.resident = resident
         self._kernels = Kernels(program, self.device, cache)
         self.source = self._kernels.path
@@ -103,6 +105,11 @@ class CudaRuntime:
     def nbytes(self) -> int:
         """Bytes of the constants on the GPU."""
         return self._kernels.nbytes
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a resident kernel waits on the GPU for the next observation."""
+        return self.resident and not self._outbox[-1].item()
 
     def reset(self) -> None:
         """An episode begins; see :meth:`rlquant.deploy.runtime.Runtime.reset`."""
@@ -154,11 +161,11 @@ class CudaRuntime:
         size = self._kernels.observation
         given = (
             observations.dtype,
-            observations.device.type,
+            observations.device,
             observations.shape[1:],
             observations.is_contiguous(),
         )
-        if given != (torch.float32, self.device.type, (size,), True):
+        if given != (torch.float32, self.device, (size,), True):
             raise InputError(
                 f"expected contiguous float32 observations [n, {size}] on {self.device}, got {observations.dtype} "
                 f"{list(observations.shape)} on {observations.device}"
@@ -233,7 +240,8 @@ class CudaRuntime:
         self._run = library.policy_run
         self._run.restype = ctypes.c_int64
         self._run.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64]
-        shared[1][-1] = 1  # no kernel is there
+        self._outbox = shared[1]
+        self._outbox[-1] = 1  # no kernel is there
         self._box = _Mailbox(
             shared[0].data_ptr(), shared[1].data_ptr(), address, graph, stream,
             kernels.observation, head.outputs, head.size, _GIVEN_UP, 0, 0, self.resident, self._kind,
