@@ -238,6 +238,7 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     from rich.console import Console
 
     from rlquant.report import (
+        language_table,
         realtime_sentences,
         realtime_table,
         render_report,
@@ -251,6 +252,10 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     console.print(terminal_table(document, console.width))
     for line in verdict_lines(document):
         console.print(line)
+    of_text = language_table(document)
+    if of_text is not None:
+        console.print()
+        console.print(of_text)
     in_real_time = realtime_table(document)
     if in_real_time is not None:
         console.print()

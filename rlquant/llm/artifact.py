@@ -18,6 +18,7 @@ from rlquant.errors import InputError
 from rlquant.llm.load import ARTIFACT, DTYPES, read_config, tokenizer_of, transformers_module
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, prepare_
+from rlquant.quant import QuantEmbedding
 from rlquant.runs import write_atomic
 
 __all__ = ["SCHEMA", "load_artifact", "save_artifact"]
@@ -90,7 +91,8 @@ def load_artifact(folder: Path, *, device: str = "cpu") -> LanguageModel:
         missing, unexpected = model.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
     except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-    model.tie_weights()
+    if not isinstance(model.get_input_embeddings(), QuantEmbedding):  # which is tied already
+        model.tie_weights()
     lost = [name for name in missing if not name.startswith("lm_head")]
     if lost or unexpected:
         raise InputError(

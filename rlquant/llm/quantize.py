@@ -73,14 +73,21 @@ class Plan:
         schemes = (self.scheme, *self.schemes.values())
         return get_method(self.method).needs_calibration or any(each.needs_calibration for each in schemes)
 
+    def check(self, blocks: int) -> None:
+        """Raises InputError for a scheme of a block that a model of so many blocks lacks."""
+        for pattern in self.schemes:
+            number = pattern.split(".")[1] if pattern.startswith("layers.") else ""
+            if not (number == "*" or (number.isdigit() and int(number) < blocks)):
+                raise InputError(
+                    f"{pattern!r} names no layer: layers.* or layers.0 to layers.{blocks - 1}, and what is in it, such as "
+                    "layers.0.mlp.down_proj"
+                )
+
     def of_block(self, index: int) -> dict[str, Scheme]:
         """Schemes of single layers of one block, by names within :class:`~rlquant.llm.blocks.OneBlock`."""
         prefix, found = f"layers.{index}", {}
         for pattern, scheme in self.schemes.items():
-            start, _, rest = pattern.partition(".")
-            number, _, inside = rest.partition(".")
-            if start != "layers" or not number:
-                raise InputError(f"{pattern!r} names no layer: layers.NUMBER or layers.*, and what is in it")
+            number, _, inside = pattern.removeprefix("layers.").partition(".")
             if number in ("*", prefix.partition(".")[2]):
                 found[f"block.{inside}" if inside and inside != "*" else "block.*"] = scheme
         return found
@@ -128,6 +135,7 @@ def quantize_model_(
             f"{plan.method} at {plan.scheme.name} needs calibration: give it text or preference data"
         )
     count = len(decoder_blocks(lm.model))
+    plan.check(count)
     for index, turn in _blocks(lm, plan, calibration, device or lm.device, batch):
         kept = store.tensors(f"block-{index}") if store is not None else None
         if kept is None:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from rlquant.measure import validate_results
+from rlquant.report.language import generation_entries, language_rows
 from rlquant.report.realtime import (
     factor_text,
     realtime_entries,
@@ -72,6 +73,8 @@ def render_report(document: dict[str, Any]) -> str:
         rows=list(zip(rows, row_labels(rows), [row_verdict(document, row) for row in rows], strict=True)),
         drawn=drawn,
         realtime=realtime_entries(document),
+        language=language_rows(document),
+        generation=generation_entries(document),
         realtime_sentences=realtime_sentences(document),
         layers_left_out=any(len(row.get("weights", ())) > MAX_LAYERS for row in rows),
         max_layers=MAX_LAYERS,

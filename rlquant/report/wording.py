@@ -42,7 +42,7 @@ class Words:
 
 _WORDS = {
     "control": Words(score="return", kept="reward", sample="episode"),
-    "language": Words(score="score", kept="score", sample="prompt"),
+    "language": Words(score="score", kept="score", sample="window"),
 }
 
 

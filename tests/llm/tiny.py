@@ -24,7 +24,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
     made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=special[0], pad_token=special[1], additional_special_tokens=special[2:]
+        tokenizer_object=inner,
+        eos_token=special[0],
+        pad_token=special[1],
+        additional_special_tokens=special[2:],
     )
     made.chat_template = CHAT
     return made
