@@ -79,8 +79,8 @@ class Plan:
             number = pattern.split(".")[1] if pattern.startswith("layers.") else ""
             if not (number == "*" or (number.isdigit() and int(number) < blocks)):
                 raise InputError(
-                    f"{pattern!r} names no layer: layers.* or layers.0 to layers.{blocks - 1}, and what is in it, such as "
-                    "layers.0.mlp.down_proj"
+                    f"{pattern!r} names no layer: layers.* or layers.0 to layers.{blocks - 1}, and what is in it, "
+                    "such as layers.0.mlp.down_proj"
                 )
 
     def of_block(self, index: int) -> dict[str, Scheme]:

@@ -43,16 +43,27 @@ def test_rounding_block_by_block_is_rounding_the_whole() -> None:
         torch.testing.assert_close(lm.model(ids).logits, whole(ids).logits)
 
 
+def salient() -> LanguageModel:
+    """The same function with a few large channels, as large models have them: in the norms, not in the weights."""
+    lm = fresh()
+    for block in lm.model.model.layers:
+        for norm, readers in (
+            (block.input_layernorm, [getattr(block.self_attn, f"{name}_proj") for name in "qkv"]),
+            (block.post_attention_layernorm, [block.mlp.gate_proj, block.mlp.up_proj]),
+        ):
+            norm.weight.data[:3] *= 16
+            for reader in readers:
+                reader.weight.data[:, :3] /= 16
+    return lm
+
+
 def test_calibrated_methods_come_nearer_than_rounding() -> None:
-    text, read = windows(), calibration()
-    far = {
-        method: compare_windows(
-            fresh(), quantize_model_(fresh(), Plan.parse("int3-g32", method), calibration=read), text
-        ).kl
-        for method in ("rtn", "gptq", "awq")
-    }
+    text, read, far = windows(), calibration(), {}
+    for method in ("rtn", "gptq", "awq"):
+        lm = quantize_model_(salient(), Plan.parse("int3-g32", method), calibration=read)
+        far[method] = compare_windows(fresh(), lm, text).kl
     assert far["gptq"] < 0.7 * far["rtn"]
-    assert far["awq"] < far["rtn"]
+    assert far["awq"] < 0.7 * far["rtn"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def reference() -> LanguageModel:
 def test_losses_are_transformers() -> None:
     lm = reference()
     windows = Windows.of(lm.tokens(tiny.TEXT), 48, limit=6)
-    expected = [float(lm.model(row[None], labels=row[None]).loss) for row in torch.from_numpy(windows.tokens)]
+    expected = [lm.model(row[None], labels=row[None]).loss.item() for row in torch.from_numpy(windows.tokens)]
     np.testing.assert_allclose(window_losses(lm, windows), expected, rtol=1e-5)
 
 
