@@ -53,7 +53,8 @@ def spread(values: Array, group: int, span: int) -> Array:
 
 def digits(values: Array) -> Array:
     """int8 ``[planes, ...]``: integers to the base 256 with digits from -128 to 127, the lowest first."""
-    planes, rest = [], values.astype(np.int64)
+    planes: list[Array] = []
+    rest = values.astype(np.int64)
     while not planes or rest.any():
         low = ((rest + 128) & 255) - 128
         planes.append(low.astype(np.int8))

@@ -140,7 +140,8 @@ def _corrections(op: Linear, planes: int) -> Array:
     sums = np.add.reduceat(
         op.weight.values.astype(np.int64), np.arange(0, op.weight.columns, op.group), axis=1
     )
-    return ((op.corrections + less * sums) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+    wrapped: Array = ((op.corrections + less * sums) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+    return wrapped
 
 
 def position_lines(op: Conv2d, count: int) -> list[str]:

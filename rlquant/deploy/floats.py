@@ -26,7 +26,8 @@ def _expit(x: Array) -> Array:
 def _gelu(x: Array) -> Array:
     from scipy.special import erf
 
-    return 0.5 * x * (1.0 + erf(x / np.sqrt(2.0)))
+    share: Array = 0.5 * (1.0 + erf(x / np.sqrt(2.0)))
+    return x * share
 
 
 def _softplus(x: Array) -> Array:

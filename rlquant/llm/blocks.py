@@ -61,7 +61,7 @@ class BlockStream:
                 f"{type(model).__name__} mixes blocks of {', '.join(sorted(kinds))}; one kind is supported"
             )
         self._arguments: dict[int, dict[str, Any]] = {}
-        shares = tokens.split(batch)
+        shares = torch.split(tokens, batch)
         self.hidden = [self._enter(share) for share in shares]
 
     def blocks(self) -> Iterator[tuple[int, OneBlock]]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from rlquant.errors import InputError
 from rlquant.llm.data import Pair
 from rlquant.llm.load import DTYPES
 from rlquant.llm.model import LanguageModel
@@ -100,12 +101,15 @@ class LanguageEvaluation:
         kept = self.folder.piece(row.name)
         if kept is None:
             lm = self._at(row)
+            size = weight_bytes(lm.model)
+            runtime = self._accelerate(lm)
             windows = self.texts.windows
             wanted = len(windows.tokens)
             losses = window_losses(
                 lm, windows, cache=self._cache(lm), done=lambda done: self.progress(row.name, done, wanted)
             )
-            kept = {"losses": losses.tolist(), "profile": plain(self._profile(row, lm))}
+            profile = {"bytes": size, "runtime": runtime, **self._profile(row, lm, runtime)}
+            kept = {"losses": losses.tolist(), "profile": plain(profile)}
             self.folder.save_piece(row.name, kept)
         row.losses, row.profile = kept["losses"], kept["profile"]
         return row
@@ -126,6 +130,18 @@ class LanguageEvaluation:
             store=_Blocks(self.folder, row.name),
         )
 
+    def _accelerate(self, lm: LanguageModel) -> str:
+        """What computes: kernels that read the packed weights where there are any, else torch."""
+        if lm is self.lm or lm.precision in DTYPES or lm.device.type != "cuda":
+            return "torch"
+        from rlquant.llm.bitsandbytes import to_bitsandbytes_
+
+        try:
+            return "bitsandbytes" if to_bitsandbytes_(lm.model, DTYPES[self.settings.reference]) else "torch"
+        except InputError as error:
+            sys.stderr.write(f"rlquant: {error}; until then torch computes with dequantized weights\n")
+            return "torch"
+
     def _cache(self, lm: LanguageModel) -> Callable[[], Any] | None:
         scheme = self.settings.cache
         if scheme is None:
@@ -134,13 +150,13 @@ class LanguageEvaluation:
 
         return lambda: QuantizedCache(lm.model.config, scheme)
 
-    def _profile(self, row: _Row, lm: LanguageModel) -> dict[str, Any]:
+    def _profile(self, row: _Row, lm: LanguageModel, runtime: str) -> dict[str, Any]:
         """What is measured besides the losses."""
         settings, windows = self.settings, self.texts.windows
         some = Windows(windows.tokens[: settings.agreement_windows], windows.stride)
         agreement = None if lm is self.lm else compare_windows(self.lm, lm, some)
         prompt = windows.tokens.ravel()[: settings.prompt_tokens].tolist()
-        simulated = row.precision not in DTYPES
+        simulated = row.precision not in DTYPES and runtime == "torch"
         generation = [
             time_generation(
                 lm,
@@ -160,7 +176,7 @@ class LanguageEvaluation:
         if self.texts.pairs:
             language["preferences"] = asdict(preference_accuracy(lm, self.texts.pairs))
         latency = next((each.step for each in generation if each.batch == 1), None)
-        return {"bytes": weight_bytes(lm.model), "latency": latency, "language": language}
+        return {"latency": latency, "language": language}
 
     def _measurement(self, row: _Row, reference: _Row, random_score: float) -> Measurement:
         scores, settings = -np.asarray(row.losses), self.settings
@@ -179,7 +195,7 @@ class LanguageEvaluation:
         return Measurement(
             precision=row.precision,
             method=row.method,
-            runtime="torch",
+            runtime=row.profile["runtime"],
             score=Score.from_episodes(scores, confidence=settings.confidence, seed=settings.seed),
             retention=retention,
             bytes=Size(row.profile["bytes"]),
@@ -216,9 +232,3 @@ def subject(lm: LanguageModel) -> dict[str, Any]:
         "parameters": lm.parameters,
         "sha256": lm.sha256 or None,
     }
-
-
-def free_memory() -> None:
-    """Gives cached CUDA memory back."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

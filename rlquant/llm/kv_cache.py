@@ -152,7 +152,7 @@ def forward_through_cache(
     return torch.cat(logits, dim=1)
 
 
-class _QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _QuantizedLayer(DynamicLayer):
     """The cache of one layer; ``keys`` and ``values`` are the exact recent tokens, as ``DynamicLayer``'s are."""
 
     is_croppable = False
@@ -160,7 +160,7 @@ class _QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     values: Tensor
 
     def __init__(self, fmt: Format, group_size: int, window: int, index: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.group_size, self.window = group_size, window
         self._old_keys = PackedStates(fmt, group_size, per_channel, f"the keys of layer {index}")
         self._old_values = PackedStates(fmt, group_size, per_token, f"the values of layer {index}")

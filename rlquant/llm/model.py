@@ -123,8 +123,8 @@ def block_links(block: nn.Module) -> list[Link]:
         Link(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
     ]
     values, output = (parts.get(f"{attention}.{name}_proj") for name in "vo")
-    linear = isinstance(values, nn.Linear) and isinstance(output, nn.Linear)
-    if linear and values.out_features == output.in_features:
+    sizes = [getattr(values, "out_features", 0), getattr(output, "in_features", 0)]
+    if sizes[0] == sizes[1] > 0:
         links.append(Link(f"{attention}.v_proj", (f"{attention}.o_proj",)))
     # A norm that adds one to its weight (Gemma's) does not scale as others do.
     plain = [link for link in links if not type(parts.get(link.producer)).__name__.startswith("Gemma")]

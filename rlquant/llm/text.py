@@ -59,7 +59,7 @@ class Windows:
     def scored(self) -> int:
         """How many tokens are predicted in each window: those that no window before it predicted."""
         length = self.tokens.shape[1]
-        return min(self.stride, length - 1)
+        return int(min(self.stride, length - 1))
 
     @property
     def protocol(self) -> str:
