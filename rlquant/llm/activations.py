@@ -5,7 +5,8 @@ section 4.1), but for the blocks of today in transformers, with LoRA on every li
 arXiv:2106.09685) over a base that takes no gradients. Of such a block, each of these is kept (sizes per token, in
 elements; h hidden, i intermediate, q and k the sizes of queries and keys, r the rank):
 
-- the input of each RMSNorm in float32: h a norm, and q + k where queries and keys are normalised too
+- the input of each RMSNorm in float32 and one number of its size: h + 1 a norm; likewise q and k, head by head,
+  where queries and keys are normalised too
 - the inputs of the adapters: normed h before attention and before the MLP (q, k and v share one, gate and up too),
   attention's output q and the MLP's product i, which other layers keep anyway; and r of each adapter's middle
 - queries q, keys and values k, attention's output q (the same as above), and a float32 a head for its softmax
@@ -52,7 +53,8 @@ class Activations:
         """Bytes a token that one block keeps for the backward pass, in sequences of ``seq`` tokens."""
         m = self.model
         h, i, q, k = m.hidden, m.intermediate, m.query_size, m.kv_size
-        norms = FLOAT32 * (m.norms * h + (q + k if m.head_norms else 0))
+        norms = FLOAT32 * m.norms * (h + 1)
+        norms += FLOAT32 * (q + k + m.heads + m.kv_heads) if m.head_norms else 0
         mlp = 4 * i * self.stream
         inputs = 2 * h * self.compute
         if self.stream != self.compute:  # each adapter then casts its input for itself
@@ -77,20 +79,28 @@ class Activations:
         return self.model.hidden * (FLOAT32 + self.stream)
 
     @property
+    def norm_gradients(self) -> int:
+        """Bytes a token of gradients within a norm's backward pass, in float32 but for the one that arrives."""
+        return (5 * FLOAT32 + self.stream) * self.model.hidden
+
+    @property
     def gradients(self) -> int:
-        """Bytes a token of gradients while a block's backward pass starts, at its widest layer."""
-        return (2 * self.model.intermediate + self.model.hidden) * self.stream
+        """Bytes a token of gradients while a block's backward pass starts: at its MLP, or a norm behind that."""
+        m = self.model
+        mlp = (2 * m.intermediate + m.hidden) * self.stream
+        return max(mlp, self.norm_gradients) if m.norms > 2 else mlp
 
     @property
     def forward(self) -> int:
         """Bytes a token that a block's forward pass needs for a moment, where no gradient is asked for."""
         m = self.model
-        held = 2 * m.hidden * self.stream
-        mlp = (4 if self.rank else 3) * m.intermediate * self.stream
-        attention = (4 * m.query_size + 3 * m.kv_size) * self.stream
-        attention += 2 * self.compute * m.query_size if self.padded else 0
+        # Always: the embedding's output, the block's input, the normed input, cosines and sines.
+        held = (3 * m.hidden + 2 * m.head_dim) * self.stream
+        mlp = (m.hidden + (4 if self.rank else 3) * m.intermediate) * self.stream
+        rotation = max(4 * m.query_size + 2 * m.kv_size, 2 * m.query_size + 5 * m.kv_size) * self.stream
+        repeated = 2 * self.compute * m.query_size if self.padded else 0
         norm = 3 * FLOAT32 * m.hidden
-        return held + max(mlp, attention, norm)
+        return held + max(mlp, rotation + repeated, norm)
 
     def kv_cache(self, rows: int, seq: int, bits: float) -> int:
         """Bytes of the keys and values of ``rows`` sequences of ``seq`` tokens, all layers."""

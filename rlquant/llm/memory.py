@@ -227,7 +227,8 @@ def _training(model: Architecture, precision: Precision, workload: Workload) -> 
     tokens = workload.rows * workload.seq
     scored = workload.rows * workload.scored
     block = tokens * act.saved(workload.seq)
-    kept = model.layers * (tokens * act.checkpoint if workload.checkpointing else block)
+    checkpointed = workload.checkpointing
+    kept = model.layers * (tokens * act.checkpoint if checkpointed else block)
     # Adapters in float32 are cast once a step, and the casts live until the backward pass is done.
     mixed = workload.adapters == "fp32" and act.compute == 2
     kept += _adapters(model, replace(workload, adapters="bf16"))[1] if mixed else 0
@@ -240,9 +241,8 @@ def _training(model: Architecture, precision: Precision, workload: Workload) -> 
         head = act.log_probabilities(scored, cast=cast, unpacked=precision.unpacked_head(model))
     stages = {
         "log-probabilities": {"activations": kept + tokens * act.final, "logits": head},
-        "backward": {
-            "activations": kept + (block if workload.checkpointing else 0) + tokens * act.gradients,
-        },
+        "backward": {"activations": kept + tokens * act.gradients + (block if checkpointed else 0)},
+        "last norm": {"activations": kept + tokens * (act.final + act.norm_gradients)},
     }
     if workload.task == "dpo":
         stages["reference"] = {"activations": kept + tokens * (act.final + act.forward)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,13 +12,12 @@ from rlquant.errors import InputError, unknown_name
 from rlquant.llm.architecture import Architecture
 from rlquant.llm.load import DTYPES
 from rlquant.quant import QuantizedWeight, Scheme, weight_bytes
+from rlquant.quant.double import BLOCK
 
-__all__ = ["DOUBLE_QUANT", "Packing", "Precision", "WeightBytes"]
+__all__ = ["Precision", "WeightBytes"]
 
-DOUBLE_QUANT = "nf4-dq"
-_BLOCK, _SUPER_BLOCK = 64, 256
 # What bitsandbytes' kernels read packed; all else is unpacked by rlquant's own layers.
-_BITSANDBYTES = ("nf4", "fp4_e2m1", "int8")
+_BITSANDBYTES = ("nf4", "nf4-dq", "fp4_e2m1", "fp4_e2m1-dq", "int8")
 # Peak of QuantizedWeight.dequantize: int32 codes, their decoded float32, a spread scale and temporaries.
 _UNPACKING = 21
 
@@ -38,49 +37,24 @@ class WeightBytes:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How a matrix is packed: a scheme, and whether NF4's scales are quantized too (QLoRA, arXiv:2305.14314)."""
-
-    scheme: Scheme
-    double_quant: bool = False
-
-    @classmethod
-    def parse(cls, name: str) -> Packing | None:
-        """Of a scheme's name or ``nf4-dq``; None for a plain float dtype. Raises InputError."""
-        if name in DTYPES:
-            return None
-        double_quant = name == DOUBLE_QUANT
-        return cls(Scheme.parse("nf4" if double_quant else name), double_quant)
-
-    @property
-    def in_kernel(self) -> bool:
-        """Whether bitsandbytes has kernels that read it."""
-        return self.double_quant or self.scheme.name in _BITSANDBYTES
-
-    def bytes(self, shape: tuple[int, int]) -> int:
-        """Exact bytes of a packed ``[outputs, inputs]`` matrix, scales included."""
-        return _double_quant_bytes(math.prod(shape)) if self.double_quant else _bytes(shape, self.scheme)
-
-
-@dataclass(frozen=True)
 class Precision:
     """How weights are stored.
 
     Attributes:
         name: such as ``bf16``, ``int4-g128``, ``nf4-dq+embedding=int8``.
-        blocks: packing of the linear layers of the blocks; None where they stay in ``dtype``.
+        blocks: scheme of the linear layers of the blocks; None where they stay in ``dtype``.
         tables: of the embedding and the output layer, likewise.
         dtype: of what is not packed: ``bf16``, ``fp16`` or ``fp32``.
     """
 
     name: str
-    blocks: Packing | None
-    tables: Packing | None
+    blocks: Scheme | None
+    tables: Scheme | None
     dtype: str
 
     @classmethod
     def parse(cls, name: str, *, embedding: str | None = None, dtype: str = "bf16") -> Precision:
-        """Of a float dtype, a scheme, or ``nf4-dq``; each may be followed by ``+embedding=SCHEME``.
+        """Of a float dtype or a scheme, either followed by ``+embedding=SCHEME`` or not.
 
         Args:
             name: as above; a float dtype is also that of what is not packed.
@@ -101,7 +75,7 @@ class Precision:
         table = own or embedding or dtype
         if not plus and table not in DTYPES:
             name = f"{head}+embedding={table}"
-        return cls(name, Packing.parse(head), Packing.parse(table), head if head in DTYPES else dtype)
+        return cls(name, _scheme(head), _scheme(table), head if head in DTYPES else dtype)
 
     @property
     def float_bytes(self) -> int:
@@ -125,23 +99,26 @@ class Precision:
         largest = max(linear.weights for linear in model.linears)
         if self.blocks is None:
             return 0
-        return largest * (self.compute_bytes if self.blocks.in_kernel else _UNPACKING)
+        return largest * (self.compute_bytes if self.blocks.name in _BITSANDBYTES else _UNPACKING)
 
     def unpacked_head(self, model: Architecture) -> int:
         """The same of the output layer, which is as large as the vocabulary."""
         return 0 if self.tables is None else model.vocabulary * model.hidden * _UNPACKING
 
-    def _matrix(self, shape: tuple[int, int], packing: Packing | None) -> int:
-        return math.prod(shape) * self.float_bytes if packing is None else packing.bytes(shape)
+    def _matrix(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        return math.prod(shape) * self.float_bytes if scheme is None else _bytes(shape, scheme)
+
+
+def _scheme(name: str) -> Scheme | None:
+    return None if name in DTYPES else Scheme.parse(name)
 
 
 @cache
 def _bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Exact bytes of a packed ``[outputs, inputs]`` matrix, scales included."""
     with torch.device("meta"):
-        return weight_bytes(QuantizedWeight(shape, scheme))
-
-
-def _double_quant_bytes(elements: int) -> int:
-    """bitsandbytes' layout: 4 bits, a byte a block, a float32 for 256 of those, an offset and two code tables."""
-    blocks = -(-elements // _BLOCK)
-    return -(-elements // 2) + blocks + 4 * -(-blocks // _SUPER_BLOCK) + 4 + 4 * (256 + 16)
+        single = weight_bytes(QuantizedWeight(shape, replace(scheme, double=False)))
+    if not scheme.double:
+        return single
+    scales = math.prod(scheme.granularity.scale_shape(*shape))
+    return single - 4 * scales + scales + 4 * -(-scales // BLOCK) + 4  # codes, their ranges, and the offset
