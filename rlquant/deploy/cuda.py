@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlquant.deploy.c_build import kernel_text, shared_library
-from rlquant.deploy.cuda_launch import Kernels, check_device, graph_of
+from rlquant.deploy.cuda_device import check_device
+from rlquant.deploy.cuda_launch import Kernels, graph_of
 from rlquant.deploy.native import caller_module
 from rlquant.deploy.program import Program
 from rlquant.deploy.runtime import checked_states, flattened
@@ -232,7 +233,7 @@ class CudaRuntime:
         requests = _LIFE if self.resident else 1
         looks = patience if pinned else 1
 
-        def launch() -> None:
+        def launch(looks: int = looks) -> None:
             kernels.serve([*shared, *own], looks, requests)
 
         address, graph, stream, owners = graph_of(launch, self.device)

@@ -21,33 +21,9 @@ from rlquant.deploy.cuda_source import CudaSource, generate
 from rlquant.deploy.program import Program
 from rlquant.errors import InputError
 
-__all__ = ["Kernels", "check_device", "graph_of"]
+__all__ = ["Kernels", "graph_of"]
 
-_OTHERS = "runtimes that can: native, onnx, reference"
 _INBOX_BLOCK = 1024  # words of a request that are looked at at once
-_WORDS = 16  # rows of the smallest product of tensor cores
-
-
-def check_device(device: torch.device) -> None:
-    """Whether kernels can run on a device.
-
-    Raises:
-        InputError: no Triton, no such device, or Triton's interpreter where a GPU was asked for.
-    """
-    if importlib.util.find_spec("triton") is None:
-        raise InputError(f'the runtime cuda needs Triton: pip install "rlquant[gpu]"; {_OTHERS}')
-    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-    if device.type == "cpu":
-        if not interpreted:
-            raise InputError(
-                f"the runtime cuda runs on the CPU in Triton's interpreter alone: set TRITON_INTERPRET=1; {_OTHERS}"
-            )
-    elif device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no CUDA device {str(device)!r}: torch sees {torch.cuda.device_count()}; {_OTHERS}")
-    elif interpreted:
-        raise InputError(
-            f"TRITON_INTERPRET is set, so no kernel reaches the CUDA device: unset it; {_OTHERS}"
-        )
 
 
 class Kernels:
@@ -69,7 +45,10 @@ class Kernels:
         self._numbers = [torch.from_numpy(x).to(device) for x in self.source.blocks.arrays()]
         self.words = program.head.outputs + program.head.size
         self.observation = sum(program.buffers[i].size for i in range(len(program.inputs)))
-        self._one = self._scratch(_WORDS)
+        # Loops over memory are worth an overlap of loads and products.
+        stages = 1 if self.source.in_registers else 3
+        self._options = {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": False}
+        self._one = self._scratch(1)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +64,7 @@ class Kernels:
         scratch = self._scratch(rows * blocks)
         self._batch[(blocks,)](
             observations, states, results, *self._numbers, *scratch, len(observations),
-            rows=rows, compute=self._compute, num_warps=8, enable_fp_fusion=False,
+            rows=rows, compute=self._compute, **self._options,
         )  # fmt: skip
 
     def serve(self, box: list[torch.Tensor], patience: int, requests: int) -> None:
@@ -94,7 +73,7 @@ class Kernels:
         self._serve[(1,)](
             *box, *self._numbers, *self._one, patience, requests,
             size=size, block=min(_INBOX_BLOCK, power_of_two(size)), remembered=self.program.state_size,
-            answer=self.words, rows=_WORDS, compute=self._compute, num_warps=8, enable_fp_fusion=False,
+            answer=self.words, rows=1, compute=self._compute, **self._options,
         )  # fmt: skip
 
     def _scratch(self, rows: int) -> list[torch.Tensor]:
@@ -108,10 +87,12 @@ class Kernels:
         return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
-def graph_of(launch: Callable[[], None], device: torch.device) -> tuple[int, int, int, tuple[Any, ...]]:
-    """A CUDA graph of what ``launch`` launches: address of cuGraphLaunch, graph, stream, and what has to stay alive.
+def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, int, int, tuple[Any, ...]]:
+    """A CUDA graph of what ``launch(looks)`` launches.
 
-    On the CPU, an address of ``launch`` itself.
+    Returns:
+        The address of cuGraphLaunch, the graph, its stream, and what has to stay alive.
+        On the CPU, an address of ``launch`` itself.
     """
     if device.type == "cpu":
 
@@ -127,7 +108,7 @@ def graph_of(launch: Callable[[], None], device: torch.device) -> tuple[int, int
     handle = ctypes.c_void_p(stream.cuda_stream)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        launch()  # compiled and loaded before it is captured
+        launch(0)  # compiled and loaded before it is captured; finds no request
         stream.synchronize()
         _call(driver.cuStreamBeginCapture_v2, handle, 1)
         try:

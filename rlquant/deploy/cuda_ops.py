@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlquant.deploy.cuda_device import is_interpreted
 from rlquant.deploy.head import TANH_DENOMINATOR, TANH_LIMIT, TANH_NUMERATOR
 
+INTERPRETED = tl.constexpr(is_interpreted())
 _LIMIT = tl.constexpr(float(TANH_LIMIT))
 _N0, _N1, _N2, _N3, _N4, _N5, _N6 = (tl.constexpr(float(x)) for x in TANH_NUMERATOR)
 _D0, _D1, _D2, _D3 = (tl.constexpr(float(x)) for x in TANH_DENOMINATOR)
@@ -166,27 +168,58 @@ def plane(x, number: tl.constexpr, planes: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, x, codes, columns, k, span, plane_size, sources: tl.constexpr, weights: tl.constexpr):
-    """Adds ``x [rows, k] @ weights [k, columns]`` to int32 ``acc``: one tensor-core product for each pair of bytes.
+def packed(x):
+    """int8 ``[1, k]`` as int32 ``[k / 4]``, the first byte lowest."""
+    bytes_of = tl.reshape(x, [x.shape[1] // 4, 4]).to(tl.int32) & 255
+    return tl.sum(bytes_of << (8 * tl.arange(0, 4))[None, :], axis=1)
 
-    ``codes`` are int8 ``[weights][columns][span]``: digits of the weights to the base 256, from the lowest on.
+
+@triton.jit
+def dot_of_bytes(x, y):
+    """Sum of the products of four signed bytes, for each pair of int32."""
+    if INTERPRETED:
+        total = (x << 24 >> 24) * (y << 24 >> 24) + (x << 16 >> 24) * (y << 16 >> 24)
+        return total + (x << 8 >> 24) * (y << 8 >> 24) + (x >> 24) * (y >> 24)
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def product(x, codes, units, first, span):
+    """int32 ``[rows, units]`` of int8 ``x [rows, k]`` and the weights ``[units][span]`` from column ``first`` on.
+
+    Many rows go through the tensor cores, one row through four products at a time.
     """
-    at = codes + columns[None, :] * span + k[:, None]
+    if x.shape[0] == 1:
+        words = codes.to(tl.pointer_type(tl.int32)) + (first // 4 + tl.arange(0, x.shape[1] // 4))[None, :]
+        w = tl.load(words + units[:, None] * (span // 4))
+        return tl.sum(dot_of_bytes(w, packed(x)[None, :]), axis=1)[None, :]
+    k = first + tl.arange(0, x.shape[1])
+    return tl.dot(x, tl.load(codes + units[None, :] * span + k[:, None]), out_dtype=tl.int32)
+
+
+@triton.jit
+def accumulate(acc, x, codes, units, first, span, plane_size, sources: tl.constexpr, weights: tl.constexpr):
+    """Adds ``x [rows, k] @ weights [k, units]`` to int32 ``acc``: one product for each pair of bytes.
+
+    ``codes`` are int8 ``[weights][units][span]``: digits of the weights to the base 256, from the lowest on.
+    """
     for j in tl.static_range(weights):
-        w = tl.load(at + j * plane_size)
         for i in tl.static_range(sources):
-            if i + j == 0:
-                acc = tl.dot(x if sources == 1 else plane(x, 0, sources), w, acc, out_dtype=tl.int32)
-            else:
-                acc += tl.dot(plane(x, i, sources), w, out_dtype=tl.int32) << (8 * (i + j))
+            part = product(plane(x, i, sources), codes + j * plane_size, units, first, span)
+            acc += part << (8 * (i + j)) if i + j > 0 else part
     return acc
 
 
 @triton.jit
-def accumulate_floats(acc, x, weights, columns, k, span):
-    """Adds ``x [rows, k] @ weights [k, columns]`` to float32 ``acc``."""
-    w = tl.load(weights + columns[None, :] * span + k[:, None])
-    return tl.dot(x, w, acc, input_precision="ieee")
+def accumulate_floats(acc, x, weights, units, first, span):
+    """Adds ``x [rows, k] @ weights [k, units]`` to float32 ``acc``."""
+    k = first + tl.arange(0, x.shape[1])
+    if x.shape[0] == 1:
+        w = tl.load(weights + units[:, None] * span + k[None, :])
+        return acc + tl.sum(w * x, axis=1)[None, :]
+    return tl.dot(x, tl.load(weights + units[None, :] * span + k[:, None]), acc, input_precision="ieee")
 
 
 # --- what comes out

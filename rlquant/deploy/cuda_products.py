@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from rlquant.deploy.cuda_constants import DeviceBlocks, digits, power_of_two, spread
 from rlquant.deploy.program import Conv2d, Linear, Program
 
-__all__ = ["Shape", "indented", "looped", "patch_lines", "position_lines", "shape_of", "sum_lines"]
+__all__ = ["WIDEST", "Shape", "indented", "looped", "patch_lines", "position_lines", "shape_of", "sum_lines"]
 
 Array = NDArray[Any]
+
+WIDEST = 128
+"""Columns of the widest block, in registers or of a loop."""
 
 
 @dataclass(frozen=True)
@@ -63,75 +66,89 @@ def looped(name: str, stop: int, step: int, lines: list[str]) -> list[str]:
     return [f"for {name} in range(0, {stop}, {step}):", *indented(lines)]
 
 
-def shape_of(program: Program, op: Linear, *, widest: int, whole: bool) -> Shape:
+def shape_of(program: Program, op: Linear, *, columns: int, block: int | None) -> Shape:
     """How to cut a product.
 
     Args:
-        widest: columns of the result that are made at once, at most.
-        whole: the source comes in one piece, and its columns have to be multiplied at once.
+        columns: of the result that are made at once.
+        block: columns of one of the blocks in registers that the source comes in; None where it lies in memory.
     """
     floats, blocks = program.buffers[op.source].is_float, getattr(op, "blocks", 1)
     each = op.weight.rows // blocks
-    columns = min(widest, power_of_two(each))
-    group = op.weight.columns if floats else min(op.group, op.weight.columns)
-    step = power_of_two(group) if whole else min(32 if floats else 128, power_of_two(group))
+    group = op.weight.columns if floats or block else min(op.group, op.weight.columns)
+    step = block or min(WIDEST, power_of_two(group))
     span = -(-group // step) * step
     groups = -(-op.weight.columns // group)
     return Shape(floats, blocks, each, -(-each // columns) * columns, columns, groups, group, span, step)
 
 
 def sum_lines(
-    op: Linear, shape: Shape, blocks: DeviceBlocks, load: list[str], rows: str, planes: int
+    op: Linear,
+    shape: Shape,
+    constants: DeviceBlocks,
+    source: list[str],
+    rows: str,
+    *,
+    planes: int,
+    tiles: bool,
 ) -> list[str]:
     """Statements from the source to float32 ``y [rows, columns]``, its bias added.
 
     Before them, ``units`` has to be the rows of the weight that make the ``columns``.
 
     Args:
-        load: set ``x`` to the source's columns ``column``, of which those where ``used`` count.
+        source: names of its blocks in registers where ``tiles``; else statements that set ``x`` to the source's
+            columns ``column``, of which those where ``used`` count.
         rows: of ``x``.
         planes: bytes of the source's integers.
     """
-    room, total = shape.blocks * shape.room, shape.groups * shape.span
-    if shape.floats:
-        scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
-        weights = spread(op.weight.values.astype(np.float32) * scales, shape.group, shape.span)
-        start = blocks.add(shape.laid_out(weights))
-        multiply = f"acc = accumulate_floats(acc, x, floats + {start}, units, at, {total})"
-        scaled = ["part = acc"]
+    multiply, scale = _multiplication(op, shape, constants, planes)
+    one = [f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})"]
+    if tiles:
+        one += [multiply.format(x=name, first=i * shape.step) for i, name in enumerate(source)]
     else:
-        stored = np.stack(
-            [shape.laid_out(x) for x in digits(spread(op.weight.values, shape.group, shape.span))]
-        )
-        counts = f"{stored[0].size}, {planes}, {len(stored)}"
-        multiply = f"acc = accumulate(acc, x, codes + {blocks.add(stored)}, units, at, {total}, {counts})"
-        fixed = blocks.add(shape.laid_out(_corrections(op, planes)).T)
-        gain = blocks.add(shape.laid_out(op.gain).T)
-        scaled = [
-            f"acc += tl.load(ints + {fixed} + group * {room} + units)[None, :]",
-            f"part = acc.to(tl.float32) * tl.load(floats + {gain} + group * {room} + units)[None, :]",
+        step = f"{shape.step}" if not shape.floats or shape.step < WIDEST else "FLOAT_STEP"
+        chunk = [
+            f"k = step + tl.arange(0, {step})",
+            f"column = group * {shape.group} + k",
+            f"used = (k < {shape.group}) & (column < {op.weight.columns})",
+            *source,
+            multiply.format(x="x", first=f"group * {shape.span} + step"),
         ]
-    bias = blocks.add(shape.laid_out(op.bias.astype(np.float32)))
-    chunk = [
-        f"k = step + tl.arange(0, {shape.step})",
-        f"at = group * {shape.span} + k",
-        f"column = group * {shape.group} + k",
-        f"used = (k < {shape.group}) & (column < {op.weight.columns})",
-        *load,
-        multiply,
-    ]
-    one = [
-        f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})",
-        *looped("step", shape.span, shape.step, chunk),
-        *scaled,
-    ]
+        one += [f"for step in range(0, {shape.span}, {step}):", *indented(chunk)]
+    one += scale
     if shape.groups > 1:
         zeros = f"total = tl.zeros([{rows}, {shape.columns}], tl.float32)"
         one.append("total = tl.where(group == 0, part, total + part)")
         every = [zeros, *looped("group", shape.groups, 1, one)]
     else:
         every = ["group = 0", *one, "total = part"]
+    bias = constants.add(shape.laid_out(op.bias.astype(np.float32)))
     return [*every, f"y = total + tl.load(floats + {bias} + units)[None, :]"]
+
+
+def _multiplication(op: Linear, shape: Shape, constants: DeviceBlocks, planes: int) -> tuple[str, list[str]]:
+    """A statement that adds a product to ``acc``, of ``{x}`` from column ``{first}`` on, and from there to ``part``."""
+    room, total = shape.blocks * shape.room, shape.groups * shape.span
+    if shape.floats:
+        scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
+        weights = spread(op.weight.values.astype(np.float32) * scales, shape.group, shape.span)
+        start = constants.add(shape.laid_out(weights))
+        return f"acc = accumulate_floats(acc, {{x}}, floats + {start}, units, {{first}}, {total})", [
+            "part = acc"
+        ]
+    codes = digits(spread(op.weight.values, shape.group, shape.span))
+    stored = np.stack([shape.laid_out(plane) for plane in codes])
+    counts = f"{stored[0].size}, {planes}, {len(stored)}"
+    corrections = constants.add(shape.laid_out(_corrections(op, planes)).T)
+    gain = constants.add(shape.laid_out(op.gain).T)
+    multiply = (
+        f"acc = accumulate(acc, {{x}}, codes + {constants.add(stored)}, units, {{first}}, {total}, {counts})"
+    )
+    return multiply, [
+        f"acc += tl.load(ints + {corrections} + group * {room} + units)[None, :]",
+        f"part = acc.to(tl.float32) * tl.load(floats + {gain} + group * {room} + units)[None, :]",
+    ]
 
 
 def _corrections(op: Linear, planes: int) -> Array:

@@ -9,6 +9,7 @@ share what is compiled.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from rlquant.deploy.c_helpers import C_NAMES
 from rlquant.deploy.cuda_constants import DeviceBlocks, power_of_two
 from rlquant.deploy.cuda_products import (
+    WIDEST,
     Shape,
     indented,
     looped,
@@ -40,10 +42,7 @@ from rlquant.deploy.program import (
 
 __all__ = ["CudaSource", "generate"]
 
-WIDEST = 256
-"""Columns of the widest block in registers."""
-
-_AT_ONCE = 64 * 1024  # bytes of weights that shared memory takes at once
+_MOST = 512  # columns of the widest buffer in registers
 _FLOATS_AT_ONCE = 64  # columns of a product of floats, which needs more registers
 _POSITIONS = 64  # of a convolution that are computed at once
 
@@ -58,6 +57,7 @@ def compute(
     observations, states, results, tag, floats, ints, codes, wide, narrow, first, n,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):
+    FLOAT_STEP: tl.constexpr = 128 if ROWS == 1 else 32
 """
 
 
@@ -145,19 +145,27 @@ class _Writer:
         name, start = self.places[index]
         return f"{name}_at + {start + more}" if start + more else f"{name}_at"
 
-    def _read(self, index: int, more: int = 0, columns: str = "columns", inside: str = "inside") -> str:
-        """Expression of some columns of a buffer, zeros elsewhere."""
+    def _read(
+        self, index: int, more: int = 0, columns: str = "columns", inside: str = "inside", block: int = 0
+    ) -> str:
+        """Expression of some columns of a buffer, zeros elsewhere; of ``block`` where it is in registers."""
         if index in self.tiles:
-            return f"b{index}"
+            return f"b{index}_{block}"
         return (
             f"tl.load({self._at(index, more)} + {columns}[None, :], mask=live & {inside}[None, :], other=0)"
         )
 
-    def _write(self, index: int, start: int = 0) -> str:
+    def _write(self, index: int, start: int = 0, block: int = 0) -> str:
         """Statement that makes ``y`` some columns of a buffer."""
         if index in self.tiles:
-            return f"b{index} = y"
+            return f"b{index}_{block} = y"
         return f"tl.store({self._at(index, start)} + columns[None, :], y, mask=live & inside[None, :])"
+
+    def _block(self, index: int) -> int:
+        """Columns of a buffer's blocks; those of the last product have no more than they need."""
+        writer = next((op for op in self.program.ops if op.target == index), None)
+        last = index == self.program.output and isinstance(writer, Linear)
+        return min(WIDEST, power_of_two(self.program.buffers[index].size, 8 if last else 32))
 
     # --- operations
 
@@ -168,44 +176,57 @@ class _Writer:
             return self._product(op)
         size = self.program.buffers[op.source].size
         if isinstance(op, Gates):
-            return self._by_columns(
-                op, self.program.buffers[op.target].size // CELL_KINDS[op.kind][1], self._cell(op)
-            )
+            size = self.program.buffers[op.target].size // CELL_KINDS[op.kind][1]
+            return self._by_columns(op, size, lambda block: self._cell(op))
         if isinstance(op, Affine | OneHot) and op.order is not None:
             size = len(op.order)
         return self._by_columns(op, size, self._elementwise(op))
 
-    def _by_columns(self, op: Op, size: int, statements: list[str]) -> list[str]:
-        """Statements for all columns of the result, in registers in one block."""
-        block = power_of_two(size)
-        if not {op.source, op.target} & self.tiles:
-            block = min(block, WIDEST)
-        return self._blocks(size, block, statements)
+    def _by_columns(self, op: Op, size: int, statements: Callable[[int], list[str]]) -> list[str]:
+        """Statements for all columns of the result: one block after the other where they stay in registers."""
+        in_registers = [index for index in (op.target, op.source) if index in self.tiles]
+        block = self._block(in_registers[0]) if in_registers else min(WIDEST, power_of_two(size))
+        return self._blocks(size, block, statements, unrolled=bool(in_registers))
 
-    def _blocks(self, size: int, block: int, statements: list[str]) -> list[str]:
+    def _blocks(
+        self, size: int, block: int, statements: Callable[[int], list[str]], *, unrolled: bool = False
+    ) -> list[str]:
         columns = [f"columns = start + tl.arange(0, {block})", f"inside = columns < {size}"]
-        return looped("start", size, block, [*columns, *statements])
+        if not unrolled:
+            return looped("start", size, block, [*columns, *statements(0)])
+        lines = []
+        for number in range(-(-size // block)):
+            lines += [f"start = {number * block}", *columns, *statements(number)]
+        return lines
 
-    def _elementwise(self, op: Op) -> list[str]:
-        lines, columns, order = [], "columns", getattr(op, "order", None)
+    def _elementwise(self, op: Op) -> Callable[[int], list[str]]:
+        order, columns, before = getattr(op, "order", None), "columns", list[str]()
         if order is not None:
-            lines = [f"order = tl.load(ints + {self.blocks.add(order)} + columns, mask=inside, other=0)"]
+            before = [f"order = tl.load(ints + {self.blocks.add(order)} + columns, mask=inside, other=0)"]
             columns = "order"
-        lines.append(f"x = real({self._read(op.source, columns=columns)})")
+        change = self._change(op)
+
+        def statements(block: int) -> list[str]:
+            read = f"x = real({self._read(op.source, columns=columns, block=block)})"
+            return [*before, read, *change, self._write(op.target, getattr(op, "start", 0), block)]
+
+        return statements
+
+    def _change(self, op: Op) -> list[str]:
+        """Statements from ``x`` to ``y``."""
         if isinstance(op, Affine):
             gain, offset, low, high = (self._each(x) for x in (op.gain, op.offset, op.low, op.high))
             clamp = "clamp" if self.program.buffers[op.target].is_float else "limited"
-            lines += [f"y = x * {gain}", f"y = {clamp}(y + {offset}, {low}, {high})"]
-            lines += self._to_grid(op.target, "0")
-        elif isinstance(op, OneHot):
-            lines.append(f"y = tl.where(x == {self._each(op.value)}, 1.0, 0.0)")
-        elif isinstance(op, Table):
+            lines = [f"y = x * {gain}", f"y = {clamp}(y + {offset}, {low}, {high})"]
+            return [*lines, *self._to_grid(op.target, "0")]
+        if isinstance(op, OneHot):
+            return [f"y = tl.where(x == {self._each(op.value)}, 1.0, 0.0)"]
+        if isinstance(op, Table):
             less, kind = (128, "int8") if self._is_narrow(op.target) else (0, "float32")
             table = self.blocks.add(op.table.astype(np.int32) - less)
-            lines.append(f"y = tl.load(ints + {table} + x.to(tl.int32)).to(tl.{kind})")
-        elif isinstance(op, Activate):
-            lines.append(f"y = {C_NAMES[op.kind]}(x)")
-        return [*lines, self._write(op.target, getattr(op, "start", 0))]
+            return [f"y = tl.load(ints + {table} + x.to(tl.int32)).to(tl.{kind})"]
+        assert isinstance(op, Activate)
+        return [f"y = {C_NAMES[op.kind]}(x)"]
 
     def _each(self, values: np.ndarray) -> str:
         """Expression of float32 numbers, one for each column or one for all."""
@@ -242,22 +263,29 @@ class _Writer:
     # --- products
 
     def _product(self, op: Linear) -> list[str]:
-        widest = _FLOATS_AT_ONCE if self.program.buffers[op.source].is_float else 128
+        block = self._block(op.source) if op.source in self.tiles else None
         if op.target in self.tiles:
-            widest = WIDEST
-        shape = shape_of(self.program, op, widest=widest, whole=op.source in self.tiles)
-        load = [f"x = {self._read(op.source, columns='column', inside='used')}"]
-        statements = [
-            "units = columns",
-            *self._sums(op, shape, load, "ROWS"),
-            self._write(op.target, op.start),
-        ]
-        return self._blocks(shape.each, shape.columns, statements)
+            columns = self._block(op.target)
+        else:
+            widest = _FLOATS_AT_ONCE if self.program.buffers[op.source].is_float else WIDEST
+            columns = min(widest, power_of_two(op.weight.rows))
+        shape = shape_of(self.program, op, columns=columns, block=block)
+        if block:
+            source = [f"b{op.source}_{i}" for i in range(shape.span // block)]
+        else:
+            source = [f"x = {self._read(op.source, columns='column', inside='used')}"]
+        sums = ["units = columns", *self._sums(op, shape, source, "ROWS", tiles=bool(block))]
+
+        def statements(block: int) -> list[str]:
+            return [*sums, self._write(op.target, op.start, block)]
+
+        return self._blocks(shape.each, columns, statements, unrolled=op.target in self.tiles)
 
     def _convolution(self, op: Conv2d) -> list[str]:
         """Image after image; the rows of the product are positions."""
         positions = op.out_size[0] * op.out_size[1]
-        shape = shape_of(self.program, op, widest=64, whole=False)
+        columns = min(64, power_of_two(op.weight.rows // op.blocks))
+        shape = shape_of(self.program, op, columns=columns, block=None)
         (source, begin), (target, end) = self.places[op.source], self.places[op.target]
         outside = f"{op.source_zero - (128 if self._is_narrow(op.source) else 0)}"
         load = patch_lines(op, f"image + {begin}", outside)
@@ -265,7 +293,7 @@ class _Writer:
         statements = [
             f"columns = start + tl.arange(0, {shape.columns})",
             f"units = block * {shape.room} + columns",
-            *self._sums(op, shape, load, f"{_POSITIONS}"),
+            *self._sums(op, shape, load, f"{_POSITIONS}", tiles=False),
             f"made = (columns < {shape.each})[None, :] & (positions < {positions})[:, None]",
             f"tl.store(result + {end + op.start} + {store}, y, mask=made)",
         ]
@@ -282,9 +310,9 @@ class _Writer:
         size = sum(self.program.buffers[i].size for i, (other, _) in self.places.items() if other == name)
         return f"{pointer} = {name} + (tl.min(slots) * 0 + row) * {size}"
 
-    def _sums(self, op: Linear, shape: Shape, load: list[str], rows: str) -> list[str]:
+    def _sums(self, op: Linear, shape: Shape, source: list[str], rows: str, *, tiles: bool) -> list[str]:
         planes = 1 if self._is_narrow(op.source) else 2
-        lines = sum_lines(op, shape, self.blocks, load, rows, planes)
+        lines = sum_lines(op, shape, self.blocks, source, rows, planes=planes, tiles=tiles)
         if self.program.buffers[op.target].is_float:
             return lines
         low, high = (self._each(np.array([x], np.float32)) for x in (op.low - op.zero, op.high - op.zero))
@@ -295,7 +323,7 @@ class _Writer:
 
     def _head(self, head: ProgramHead) -> list[str]:
         """Statements that store the outputs and the action."""
-        block = power_of_two(head.outputs)
+        block = power_of_two(head.outputs, self._block(self.program.output))
         output = self.program.output
         lines = [
             "# outputs, and the action",
@@ -330,8 +358,12 @@ class _Writer:
         lines: list[str] = []
         for state, after in self.program.states:
             size = self.program.buffers[state].size
-            copy = [f"y = {self._read(after)}", self._write(state)]
-            lines += _own_names(self._blocks(size, min(WIDEST, power_of_two(size)), copy), len(lines))
+            copy = self._blocks(
+                size,
+                WIDEST,
+                lambda block, state=state, after=after: [f"y = {self._read(after)}", self._write(state)],
+            )
+            lines += _own_names(copy, len(lines))
         return lines
 
 
@@ -342,14 +374,15 @@ def _in_registers(program: Program) -> set[int]:
         writers = [op for op in program.ops if op.target == index]
         readers = [op for op in program.ops if index in (op.source, getattr(op, "memory", None))]
         once = len(writers) == 1 and _makes_all(program, writers[0])
-        small = power_of_two(buffer.size) <= WIDEST and index not in dict(program.states).values()
-        if once and small and all(_reads_blocks(program, op) for op in readers):
+        most = WIDEST if index == program.output else _MOST  # the head takes one block
+        small = buffer.size <= most and index not in dict(program.states).values()
+        if once and small and all(_reads_blocks(op) for op in readers):
             found.add(index)
     return found
 
 
 def _makes_all(program: Program, op: Op) -> bool:
-    """Whether it computes all of its target, in registers."""
+    """Whether it computes all of its target, block after block."""
     if isinstance(op, Conv2d | Gates):
         return False
     order = getattr(op, "order", None)
@@ -359,12 +392,10 @@ def _makes_all(program: Program, op: Op) -> bool:
     return program.buffers[op.target].size == (size if order is None else len(order))
 
 
-def _reads_blocks(program: Program, op: Op) -> bool:
-    """Whether it can take its source from registers, all columns at once."""
+def _reads_blocks(op: Op) -> bool:
+    """Whether it can take its source from registers, block after block."""
     if isinstance(op, Linear):
-        width = 4 if program.buffers[op.source].is_float else 1
-        weights = width * power_of_two(op.weight.columns) * min(WIDEST, power_of_two(op.weight.rows))
-        return not isinstance(op, Conv2d) and op.gain.shape[1] == 1 and weights <= _AT_ONCE
+        return not isinstance(op, Conv2d) and op.gain.shape[1] == 1
     return isinstance(op, Table | Activate) or (isinstance(op, Affine) and op.order is None)
 
 
@@ -372,7 +403,7 @@ def _own_names(lines: list[str], number: int) -> list[str]:
     """With a number after each local name: Triton wants a variable to keep its type."""
     text = "\n".join(lines)
     names = set(re.findall(r"^ *(?:for )?([a-z]\w*) (?:=|in) ", text, re.MULTILINE))
-    own = "|".join(name for name in names if not re.fullmatch(r"b\d+", name))
+    own = "|".join(name for name in names if not re.fullmatch(r"b\d+_\d+", name))
     return re.sub(rf"(?<![.\w])({own})(?!\w)", rf"\1_{number}", text).splitlines()
 
 
