@@ -20,8 +20,8 @@ class Allocator(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._live: dict[int, int] = {id(tensor.untyped_storage()): 0 for tensor in known}
         self._known = [tensor.untyped_storage() for tensor in known]
+        self._live: dict[int, int] = {id(storage): 0 for storage in self._known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

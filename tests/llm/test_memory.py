@@ -40,6 +40,7 @@ from rlquant.llm.cards import CARDS, find_card
 from rlquant.llm.fitting import fits, largest, require_fit
 from rlquant.llm.memory import TASKS, Workload, plan_memory
 from rlquant.llm.precision import Precision
+from rlquant.quant import QuantizedWeight, Scheme
 
 MB, MiB = 10**6, 2**20
 QWEN = "Qwen/Qwen2.5-0.5B"
@@ -163,6 +164,18 @@ def test_eight_bit_weights_take_what_bitsandbytes_stores() -> None:
     stored = [functional.int8_vectorwise_quant(each)[:2] for each in weights]
     expected = model.layers * sum(each.nbytes for pair in stored for each in pair)
     assert Precision.parse("int8").weights(model).blocks == expected
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g128", "nf4", "int4-g64-asym", "fp8_e4m3", "nf4-dq"])
+def test_unpacking_takes_what_is_planned(scheme: str) -> None:
+    packed = QuantizedWeight.from_float(torch.randn(512, 1024), Scheme.parse(scheme))
+    packed.caches = False
+    with Allocator(packed.buffers()) as allocator:
+        packed.cached(torch.bfloat16)
+    model = architecture(CONFIGS["qwen2"])
+    planned = Precision.parse(f"bf16+embedding={scheme}").unpacked_head(model)
+    weights = model.vocabulary * model.hidden
+    assert planned / weights == pytest.approx(allocator.peak / (512 * 1024), rel=0.02)
 
 
 # What activations take
