@@ -40,7 +40,8 @@ class Kernels:
         self.program, self.device = program, device
         self.source: CudaSource = generate(program)
         self.path = _written(self.source.text, folder or cache_folder())
-        self._compute = _loaded(self.path).compute
+        module = _loaded(self.path)
+        self._program = {"hold": module.hold, "compute": module.compute}
         self._batch, self._serve = cuda_ops.batch, cuda_ops.serve
         self._numbers = [torch.from_numpy(x).to(device) for x in self.source.blocks.arrays()]
         self.words = program.head.outputs + program.head.size
@@ -64,7 +65,7 @@ class Kernels:
         scratch = self._scratch(rows * blocks)
         self._batch[(blocks,)](
             observations, states, results, *self._numbers, *scratch, len(observations),
-            rows=rows, compute=self._compute, **self._options,
+            rows=rows, **self._program, **self._options,
         )  # fmt: skip
 
     def serve(self, box: list[torch.Tensor], patience: int, requests: int) -> None:
@@ -73,7 +74,7 @@ class Kernels:
         self._serve[(1,)](
             *box, *self._numbers, *self._one, patience, requests,
             size=size, block=min(_INBOX_BLOCK, power_of_two(size)), remembered=self.program.state_size,
-            answer=self.words, rows=1, compute=self._compute, **self._options,
+            answer=self.words, **self._program, **self._options,
         )  # fmt: skip
 
     def _scratch(self, rows: int) -> list[torch.Tensor]:

@@ -162,9 +162,9 @@ def hardswish(x):
 @triton.jit
 def plane(x, number: tl.constexpr, planes: tl.constexpr):
     """Byte ``number`` of a grid's integers, less 128, as int8."""
-    if planes == 1:
-        return x
-    return (((x.to(tl.int32) >> (8 * number)) & 255) - 128).to(tl.int8)
+    if planes > 1:
+        x = (((x.to(tl.int32) >> (8 * number)) & 255) - 128).to(tl.int8)
+    return x
 
 
 @triton.jit
@@ -179,35 +179,52 @@ def dot_of_bytes(x, y):
     """Sum of the products of four signed bytes, for each pair of int32."""
     if INTERPRETED:
         total = (x << 24 >> 24) * (y << 24 >> 24) + (x << 16 >> 24) * (y << 16 >> 24)
-        return total + (x << 8 >> 24) * (y << 8 >> 24) + (x >> 24) * (y >> 24)
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-    )
+        total += (x << 8 >> 24) * (y << 8 >> 24) + (x >> 24) * (y >> 24)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return total
 
 
 @triton.jit
-def product(x, codes, units, first, span):
-    """int32 ``[rows, units]`` of int8 ``x [rows, k]`` and the weights ``[units][span]`` from column ``first`` on.
+def weights(codes, units, first, span, size: tl.constexpr, rows: tl.constexpr):
+    """Columns ``first`` to ``first + size`` of the int8 weights ``[units][span]``, as :func:`product` takes them.
+
+    For one row int32 ``[units, size / 4]``, four columns in one number; for more int8 ``[size, units]``.
+    """
+    if rows == 1:
+        words = codes.to(tl.pointer_type(tl.int32)) + (first // 4 + tl.arange(0, size // 4))[None, :]
+        w = tl.load(words + units[:, None] * (span // 4))
+    else:
+        w = tl.load(codes + units[None, :] * span + (first + tl.arange(0, size))[:, None])
+    return w
+
+
+@triton.jit
+def product(x, w):
+    """int32 ``[rows, units]`` of int8 ``x [rows, size]`` and :func:`weights`.
 
     Many rows go through the tensor cores, one row through four products at a time.
     """
     if x.shape[0] == 1:
-        words = codes.to(tl.pointer_type(tl.int32)) + (first // 4 + tl.arange(0, x.shape[1] // 4))[None, :]
-        w = tl.load(words + units[:, None] * (span // 4))
-        return tl.sum(dot_of_bytes(w, packed(x)[None, :]), axis=1)[None, :]
-    k = first + tl.arange(0, x.shape[1])
-    return tl.dot(x, tl.load(codes + units[None, :] * span + k[:, None]), out_dtype=tl.int32)
+        sums = tl.sum(dot_of_bytes(w, packed(x)[None, :]), axis=1)[None, :]
+    else:
+        sums = tl.dot(x, w, out_dtype=tl.int32)
+    return sums
 
 
 @triton.jit
-def accumulate(acc, x, codes, units, first, span, plane_size, sources: tl.constexpr, weights: tl.constexpr):
-    """Adds ``x [rows, k] @ weights [k, units]`` to int32 ``acc``: one product for each pair of bytes.
+def accumulate(acc, x, codes, units, first, span, plane_size, sources: tl.constexpr, digits: tl.constexpr):
+    """Adds the product of ``x [rows, size]`` and some weights to int32 ``acc [rows, units]``.
 
-    ``codes`` are int8 ``[weights][units][span]``: digits of the weights to the base 256, from the lowest on.
+    Takes one product for each pair of bytes. ``codes`` are int8 ``[digits][units][span]``: digits of the weights to
+    the base 256, from the lowest on.
     """
-    for j in tl.static_range(weights):
+    for j in tl.static_range(digits):
+        w = weights(codes + j * plane_size, units, first, span, x.shape[1], x.shape[0])
         for i in tl.static_range(sources):
-            part = product(plane(x, i, sources), codes + j * plane_size, units, first, span)
+            part = product(plane(x, i, sources), w)
             acc += part << (8 * (i + j)) if i + j > 0 else part
     return acc
 
@@ -217,9 +234,11 @@ def accumulate_floats(acc, x, weights, units, first, span):
     """Adds ``x [rows, k] @ weights [k, units]`` to float32 ``acc``."""
     k = first + tl.arange(0, x.shape[1])
     if x.shape[0] == 1:
-        w = tl.load(weights + units[:, None] * span + k[None, :])
-        return acc + tl.sum(w * x, axis=1)[None, :]
-    return tl.dot(x, tl.load(weights + units[None, :] * span + k[:, None]), acc, input_precision="ieee")
+        acc += tl.sum(tl.load(weights + units[:, None] * span + k[None, :]) * x, axis=1)[None, :]
+    else:
+        w = tl.load(weights + units[None, :] * span + k[:, None])
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
 
 
 # --- what comes out
@@ -250,13 +269,14 @@ def choice(y, columns, first: tl.constexpr, last: tl.constexpr):
 @triton.jit
 def batch(
     observations, states, results, floats, ints, codes, wide, narrow, n,
-    rows: tl.constexpr, compute: tl.constexpr,
+    rows: tl.constexpr, hold: tl.constexpr, compute: tl.constexpr,
 ):  # fmt: skip
-    """Runs ``compute`` on ``n`` observations, ``rows`` at a time."""
+    """Runs ``compute`` on ``n`` observations, ``rows`` at a time; ``hold`` loads weights before."""
     tag = n * 0
+    held = hold(codes, rows)
     for tile in range(tl.program_id(0), tl.cdiv(n, rows), tl.num_programs(0)):
         compute(
-            observations, states, results, tag, floats, ints, codes, wide, narrow, tile * rows, n, rows, False
+            observations, states, results, tag, held, floats, ints, codes, wide, narrow, tile * rows, n, rows, False
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -287,13 +307,14 @@ def receive(inbox, observations, tag, patience, size: tl.constexpr, block: tl.co
 def serve(
     inbox, outbox, served, observations, states, floats, ints, codes, wide, narrow, patience, requests,
     size: tl.constexpr, block: tl.constexpr, remembered: tl.constexpr, answer: tl.constexpr,
-    rows: tl.constexpr, compute: tl.constexpr,
+    hold: tl.constexpr, compute: tl.constexpr,
 ):  # fmt: skip
     """Answers up to ``requests`` requests, then leaves word in ``outbox[answer]``; all of one program.
 
     ``inbox`` and ``outbox`` lie in host memory, the rest in the device's. A word and its tag are one 64-bit
     access, so neither side needs a fence, and a request or an answer costs one way over the bus.
     """
+    held = hold(codes, 1)
     first = tl.load(served)
     tag = first
     command = tag * 0
@@ -307,8 +328,8 @@ def serve(
                     tl.store(states + at, tl.zeros([block], tl.float32), mask=at < remembered)
             tl.debug_barrier()
             compute(
-                observations, states, outbox, tag, floats, ints, codes, wide, narrow, tag * 0, 1, rows, True
-            )
+                observations, states, outbox, tag, held, floats, ints, codes, wide, narrow, tag * 0, 1, 1, True
+            )  # fmt: skip
             tl.debug_barrier()
     tl.store(served, tag)
     tl.store(outbox + answer, tag.to(tl.int64) * 0 + 1, cache_modifier=".wt")

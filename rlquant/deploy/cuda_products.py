@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from rlquant.deploy.cuda_constants import DeviceBlocks, digits, power_of_two, spread
 from rlquant.deploy.program import Conv2d, Linear, Program
 
-__all__ = ["WIDEST", "Shape", "indented", "looped", "patch_lines", "position_lines", "shape_of", "sum_lines"]
+__all__ = [
+    "WIDEST",
+    "Shape",
+    "indented",
+    "looped",
+    "multiply_line",
+    "patch_lines",
+    "position_lines",
+    "shape_of",
+    "store",
+    "sum_lines",
+]
 
 Array = NDArray[Any]
 
@@ -82,30 +93,67 @@ def shape_of(program: Program, op: Linear, *, columns: int, block: int | None) -
     return Shape(floats, blocks, each, -(-each // columns) * columns, columns, groups, group, span, step)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a product's weights begin among the constants, and their int8 digits to the base 256.
+
+    Attributes:
+        start: index of the first one, of float32 or of int8.
+        digits: of each weight, 0 for float32; ``size``: numbers of one digit of all weights.
+    """
+
+    start: int
+    digits: int = 0
+    size: int = 0
+
+
+def store(op: Linear, shape: Shape, constants: DeviceBlocks) -> Stored:
+    """Lays out a product's weights, with zeros between what is multiplied at once."""
+    if shape.floats:
+        scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
+        weights = spread(op.weight.values.astype(np.float32) * scales, shape.group, shape.span)
+        return Stored(constants.add(shape.laid_out(weights)))
+    codes = digits(spread(op.weight.values, shape.group, shape.span))
+    planes = np.stack([shape.laid_out(plane) for plane in codes])
+    return Stored(constants.add(planes), len(planes), planes[0].size)
+
+
+def multiply_line(shape: Shape, stored: Stored, planes: int) -> str:
+    """A statement that adds the product of ``{x}`` and weights from column ``{first}`` on to ``acc``.
+
+    Args:
+        planes: bytes of the source's integers.
+    """
+    total = shape.groups * shape.span
+    if shape.floats:
+        return f"acc = accumulate_floats(acc, {{x}}, floats + {stored.start}, units, {{first}}, {total})"
+    counts = f"{stored.size}, {planes}, {stored.digits}"
+    return f"acc = accumulate(acc, {{x}}, codes + {stored.start}, units, {{first}}, {total}, {counts})"
+
+
 def sum_lines(
     op: Linear,
     shape: Shape,
     constants: DeviceBlocks,
+    multiply: str,
     source: list[str],
     rows: str,
-    *,
     planes: int,
-    tiles: bool,
 ) -> list[str]:
     """Statements from the source to float32 ``y [rows, columns]``, its bias added.
 
     Before them, ``units`` has to be the rows of the weight that make the ``columns``.
 
     Args:
-        source: names of its blocks in registers where ``tiles``; else statements that set ``x`` to the source's
-            columns ``column``, of which those where ``used`` count.
+        multiply: adds the product of ``{x}`` and weights to ``acc``, from column ``{first}`` or block ``{number}`` on.
+        source: names of its blocks in registers; or statements that set ``x`` to the source's columns ``column``,
+            of which those where ``used`` count.
         rows: of ``x``.
         planes: bytes of the source's integers.
     """
-    multiply, scale = _multiplication(op, shape, constants, planes)
     one = [f"acc = tl.zeros([{rows}, {shape.columns}], tl.{'float32' if shape.floats else 'int32'})"]
-    if tiles:
-        one += [multiply.format(x=name, first=i * shape.step) for i, name in enumerate(source)]
+    if source[0].isidentifier():
+        one += [multiply.format(x=x, first=i * shape.step, number=i) for i, x in enumerate(source)]
     else:
         step = f"{shape.step}" if not shape.floats or shape.step < WIDEST else "FLOAT_STEP"
         chunk = [
@@ -116,7 +164,7 @@ def sum_lines(
             multiply.format(x="x", first=f"group * {shape.span} + step"),
         ]
         one += [f"for step in range(0, {shape.span}, {step}):", *indented(chunk)]
-    one += scale
+    one += _scale_lines(op, shape, constants, planes)
     if shape.groups > 1:
         zeros = f"total = tl.zeros([{rows}, {shape.columns}], tl.float32)"
         one.append("total = tl.where(group == 0, part, total + part)")
@@ -127,27 +175,16 @@ def sum_lines(
     return [*every, f"y = total + tl.load(floats + {bias} + units)[None, :]"]
 
 
-def _multiplication(op: Linear, shape: Shape, constants: DeviceBlocks, planes: int) -> tuple[str, list[str]]:
-    """A statement that adds a product to ``acc``, of ``{x}`` from column ``{first}`` on, and from there to ``part``."""
-    room, total = shape.blocks * shape.room, shape.groups * shape.span
+def _scale_lines(op: Linear, shape: Shape, constants: DeviceBlocks, planes: int) -> list[str]:
+    """Statements from ``acc``, the sums of a group, to float32 ``part``."""
     if shape.floats:
-        scales = np.repeat(op.gain, op.group, axis=1)[:, : op.weight.columns]
-        weights = spread(op.weight.values.astype(np.float32) * scales, shape.group, shape.span)
-        start = constants.add(shape.laid_out(weights))
-        return f"acc = accumulate_floats(acc, {{x}}, floats + {start}, units, {{first}}, {total})", [
-            "part = acc"
-        ]
-    codes = digits(spread(op.weight.values, shape.group, shape.span))
-    stored = np.stack([shape.laid_out(plane) for plane in codes])
-    counts = f"{stored[0].size}, {planes}, {len(stored)}"
+        return ["part = acc"]
     corrections = constants.add(shape.laid_out(_corrections(op, planes)).T)
     gain = constants.add(shape.laid_out(op.gain).T)
-    multiply = (
-        f"acc = accumulate(acc, {{x}}, codes + {constants.add(stored)}, units, {{first}}, {total}, {counts})"
-    )
-    return multiply, [
-        f"acc += tl.load(ints + {corrections} + group * {room} + units)[None, :]",
-        f"part = acc.to(tl.float32) * tl.load(floats + {gain} + group * {room} + units)[None, :]",
+    at = f"group * {shape.blocks * shape.room} + units"
+    return [
+        f"acc += tl.load(ints + {corrections} + {at})[None, :]",
+        f"part = acc.to(tl.float32) * tl.load(floats + {gain} + {at})[None, :]",
     ]
 
 

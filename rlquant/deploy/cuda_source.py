@@ -19,11 +19,14 @@ from rlquant.deploy.cuda_constants import DeviceBlocks, power_of_two
 from rlquant.deploy.cuda_products import (
     WIDEST,
     Shape,
+    Stored,
     indented,
     looped,
+    multiply_line,
     patch_lines,
     position_lines,
     shape_of,
+    store,
     sum_lines,
 )
 from rlquant.deploy.head import ProgramHead
@@ -44,6 +47,7 @@ __all__ = ["CudaSource", "generate"]
 
 _MOST = 512  # columns of the widest buffer in registers
 _FLOATS_AT_ONCE = 64  # columns of a product of floats, which needs more registers
+_HELD = 96 * 1024  # bytes of weights that are loaded once, before rows or requests come
 _POSITIONS = 64  # of a convolution that are computed at once
 
 _BEGINNING = """import triton
@@ -53,8 +57,12 @@ from rlquant.deploy.cuda_ops import *  # noqa: F403
 
 
 @triton.jit
+def hold(codes, ROWS: tl.constexpr):
+{hold}
+
+@triton.jit
 def compute(
-    observations, states, results, tag, floats, ints, codes, wide, narrow, first, n,
+    observations, states, results, tag, held, floats, ints, codes, wide, narrow, first, n,
     ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):
     FLOAT_STEP: tl.constexpr = 128 if ROWS == 1 else 32
@@ -93,20 +101,22 @@ class _Writer:
         self.blocks = DeviceBlocks()
         self.tiles = _in_registers(program)
         self.sizes = {"wide": 0, "narrow": 0}
+        self.held: dict[str, str] = {}
+        self.held_bytes = 0
         self.places: dict[int, tuple[str, int]] = {}
         for index in range(len(program.buffers)):
             if index not in self.tiles:
                 self.places[index] = self._place(index)
 
     def source(self) -> CudaSource:
-        lines = self._rows()
+        lines = []
         for number, op in enumerate(self.program.ops):
-            lines += ["", f"# {_described(self.program, op)}", *_own_names(self._op(op), number)]
+            lines += ["", f"# {_described(self.program, op)}", *_own_names(self._op(op, number), number)]
             if op.target not in self.tiles:
                 lines.append("tl.debug_barrier()")
         lines += ["", *self._head(self.program.head), *self._remember()]
-        body = "".join(f"    {line}\n" if line else "\n" for line in lines)
-        return CudaSource(_BEGINNING + body, self.blocks, self.sizes["wide"], self.sizes["narrow"])
+        text = _BEGINNING.format(hold=_indented_text(self._hold())) + _indented_text([*self._rows(), *lines])
+        return CudaSource(text, self.blocks, self.sizes["wide"], self.sizes["narrow"])
 
     # --- where numbers lie
 
@@ -129,6 +139,7 @@ class _Writer:
         size = sum(self.program.buffers[i].size for i in range(len(self.program.inputs)))
         words = self.program.head.outputs + self.program.head.size
         lines = [
+            *(f"{name} = held[{number}]" for number, name in enumerate(self.held)),
             "slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)",
             "rows = (first + tl.arange(0, ROWS))[:, None].to(tl.int64)",
             "live = rows < n",
@@ -169,11 +180,11 @@ class _Writer:
 
     # --- operations
 
-    def _op(self, op: Op) -> list[str]:
+    def _op(self, op: Op, number: int) -> list[str]:
         if isinstance(op, Conv2d):
             return self._convolution(op)
         if isinstance(op, Linear):
-            return self._product(op)
+            return self._product(op, number)
         size = self.program.buffers[op.source].size
         if isinstance(op, Gates):
             size = self.program.buffers[op.target].size // CELL_KINDS[op.kind][1]
@@ -262,7 +273,7 @@ class _Writer:
 
     # --- products
 
-    def _product(self, op: Linear) -> list[str]:
+    def _product(self, op: Linear, number: int) -> list[str]:
         block = self._block(op.source) if op.source in self.tiles else None
         if op.target in self.tiles:
             columns = self._block(op.target)
@@ -274,12 +285,41 @@ class _Writer:
             source = [f"b{op.source}_{i}" for i in range(shape.span // block)]
         else:
             source = [f"x = {self._read(op.source, columns='column', inside='used')}"]
-        sums = ["units = columns", *self._sums(op, shape, source, "ROWS", tiles=bool(block))]
+        stored = store(op, shape, self.blocks)
+        multiply = self._held(op, number, shape, stored) or self._multiply(op, shape, stored)
+        sums = ["units = columns", *self._sums(op, shape, multiply, source, "ROWS")]
 
         def statements(block: int) -> list[str]:
-            return [*sums, self._write(op.target, op.start, block)]
+            return [line.replace("@", f"{block}") for line in sums] + [
+                self._write(op.target, op.start, block)
+            ]
 
         return self._blocks(shape.each, columns, statements, unrolled=op.target in self.tiles)
+
+    def _held(self, op: Linear, number: int, shape: Shape, stored: Stored) -> str | None:
+        """As :func:`multiply_line`, of weights that were loaded before; None where they are too many."""
+        in_registers = {op.source, op.target} <= self.tiles and self._is_narrow(op.source)
+        if not in_registers or stored.digits != 1 or self.held_bytes + stored.size > _HELD:
+            return None
+        self.held_bytes += stored.size
+        for block in range(shape.room // shape.columns):
+            for i in range(shape.span // shape.step):
+                units = f"{block * shape.columns} + tl.arange(0, {shape.columns})"
+                place = f"{i * shape.step}, {shape.span}, {shape.step}"
+                name = f"w{number}_{block}_{i}"
+                self.held[name] = f"weights(codes + {stored.start}, {units}, {place}, ROWS)"
+        return f"acc += product({{x}}, w{number}_@_{{number}})"
+
+    def _hold(self) -> list[str]:
+        """Statements that load weights."""
+        names = "".join(f"{name}, " for name in self.held) or "0,"
+        return [*(f"{name} = {load}" for name, load in self.held.items()), f"return ({names.strip()})"]
+
+    def _multiply(self, op: Linear, shape: Shape, stored: Stored) -> str:
+        return multiply_line(shape, stored, self._planes(op.source))
+
+    def _planes(self, index: int) -> int:
+        return 1 if self._is_narrow(index) else 2
 
     def _convolution(self, op: Conv2d) -> list[str]:
         """Image after image; the rows of the product are positions."""
@@ -288,14 +328,15 @@ class _Writer:
         shape = shape_of(self.program, op, columns=columns, block=None)
         (source, begin), (target, end) = self.places[op.source], self.places[op.target]
         outside = f"{op.source_zero - (128 if self._is_narrow(op.source) else 0)}"
+        multiply = self._multiply(op, shape, store(op, shape, self.blocks))
         load = patch_lines(op, f"image + {begin}", outside)
-        store = f"(units - block * {shape.room - shape.each})[None, :] * {positions} + positions[:, None]"
+        place = f"(units - block * {shape.room - shape.each})[None, :] * {positions} + positions[:, None]"
         statements = [
             f"columns = start + tl.arange(0, {shape.columns})",
             f"units = block * {shape.room} + columns",
-            *self._sums(op, shape, load, f"{_POSITIONS}", tiles=False),
+            *self._sums(op, shape, multiply, load, f"{_POSITIONS}"),
             f"made = (columns < {shape.each})[None, :] & (positions < {positions})[:, None]",
-            f"tl.store(result + {end + op.start} + {store}, y, mask=made)",
+            f"tl.store(result + {end + op.start} + {place}, y, mask=made)",
         ]
         loops = looped("start", shape.each, shape.columns, statements)
         loops = [*position_lines(op, _POSITIONS), *looped("block", shape.blocks, 1, loops)]
@@ -310,9 +351,8 @@ class _Writer:
         size = sum(self.program.buffers[i].size for i, (other, _) in self.places.items() if other == name)
         return f"{pointer} = {name} + (tl.min(slots) * 0 + row) * {size}"
 
-    def _sums(self, op: Linear, shape: Shape, source: list[str], rows: str, *, tiles: bool) -> list[str]:
-        planes = 1 if self._is_narrow(op.source) else 2
-        lines = sum_lines(op, shape, self.blocks, source, rows, planes=planes, tiles=tiles)
+    def _sums(self, op: Linear, shape: Shape, multiply: str, source: list[str], rows: str) -> list[str]:
+        lines = sum_lines(op, shape, self.blocks, multiply, source, rows, self._planes(op.source))
         if self.program.buffers[op.target].is_float:
             return lines
         low, high = (self._each(np.array([x], np.float32)) for x in (op.low - op.zero, op.high - op.zero))
@@ -397,6 +437,10 @@ def _reads_blocks(op: Op) -> bool:
     if isinstance(op, Linear):
         return not isinstance(op, Conv2d) and op.gain.shape[1] == 1
     return isinstance(op, Table | Activate) or (isinstance(op, Affine) and op.order is None)
+
+
+def _indented_text(lines: list[str]) -> str:
+    return "".join(f"    {line}\n" if line else "\n" for line in lines)
 
 
 def _own_names(lines: list[str], number: int) -> list[str]:
