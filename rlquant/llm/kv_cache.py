@@ -115,7 +115,9 @@ class QuantizedCache(Cache):
 def forward_through_cache(
     model: Any, ids: Tensor, cache: Cache, chunk: int = GROUP_SIZE, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Logits of a text as if it were decoded token by token through ``cache``; takes any transformers cache.
+    """Logits of a text as if it were decoded token by token through ``cache``, which may be any of transformers.
+
+    For a model without its head they are the last hidden states.
 
     A forward takes ``chunk`` tokens. With a :class:`QuantizedCache` whose group size is a multiple of
     ``chunk``, every token attends to exactly what it would attend to alone: tokens leave the window at
@@ -124,7 +126,7 @@ def forward_through_cache(
 
     :param ids: int64 ``[batch, tokens]``, the tokens that follow those in the cache.
     :param attention_mask: int64 ``[batch, cached + tokens]``, 0 at left padding; positions are counted from it.
-    :return: ``[batch, tokens, vocabulary]`` in the model's dtype.
+    :return: ``[batch, tokens, vocabulary]`` (or ``hidden``) in the model's dtype.
     :raises InputError: no tokens; a chunk that does not divide the group size.
     """
     group_size = cache.group_size if isinstance(cache, QuantizedCache) else chunk
@@ -147,7 +149,8 @@ def forward_through_cache(
             positions = (seen.cumsum(dim=1) - 1).clamp_(min=0)
             padding = {"attention_mask": seen, "position_ids": positions[:, start:]}
         part = ids[:, start - first : stop - first]
-        logits.append(model(part, past_key_values=cache, use_cache=True, **padding).logits)
+        output = model(part, past_key_values=cache, use_cache=True, **padding)
+        logits.append(output.logits if hasattr(output, "logits") else output.last_hidden_state)
         start = stop
     return torch.cat(logits, dim=1)
 

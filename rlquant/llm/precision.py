@@ -13,13 +13,14 @@ from rlquant.llm.architecture import Architecture
 from rlquant.llm.load import DTYPES
 from rlquant.quant import QuantizedWeight, Scheme, weight_bytes
 from rlquant.quant.double import BLOCK
+from rlquant.quant.granularity import CHUNK_ELEMENTS
 
 __all__ = ["Precision", "WeightBytes"]
 
 # What bitsandbytes' kernels read packed; all else is unpacked by rlquant's own layers.
 _BITSANDBYTES = ("nf4", "nf4-dq", "fp4_e2m1", "fp4_e2m1-dq", "int8")
-# Peak of QuantizedWeight.cached, bytes a weight: int32 codes, their float32 values and temporaries; then what spreading
-# the scales of groups adds, and what a codebook or a zero point does.
+# Temporaries of QuantizedWeight.dequantize, bytes a weight of the rows that it takes at a time: int32 codes and float32
+# values; then what spreading the scales of groups adds, and what a codebook or a zero point does.
 _UNPACKING, _SPREADING, _LOOKING_UP = 12, 4, 4
 
 
@@ -100,13 +101,14 @@ class Precision:
         largest = max(linear.weights for linear in model.linears)
         if self.blocks is None:
             return 0
-        return largest * (
-            self.compute_bytes if self.blocks.name in _BITSANDBYTES else _unpacking(self.blocks)
+        return largest * self.compute_bytes + (
+            0 if self.blocks.name in _BITSANDBYTES else _unpacking(largest, self.blocks)
         )
 
     def unpacked_head(self, model: Architecture) -> int:
         """The same of the output layer, which is as large as the vocabulary."""
-        return 0 if self.tables is None else model.vocabulary * model.hidden * _unpacking(self.tables)
+        weights = model.vocabulary * model.hidden
+        return 0 if self.tables is None else weights * self.compute_bytes + _unpacking(weights, self.tables)
 
     def _matrix(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
         return math.prod(shape) * self.float_bytes if scheme is None else _bytes(shape, scheme)
@@ -116,10 +118,11 @@ def _scheme(name: str) -> Scheme | None:
     return None if name in DTYPES else Scheme.parse(name)
 
 
-def _unpacking(scheme: Scheme) -> int:
+def _unpacking(weights: int, scheme: Scheme) -> int:
     grouped = scheme.granularity.group_size is not None
     mapped = scheme.weights.kind == "codebook" or not scheme.symmetric
-    return _UNPACKING + _SPREADING * grouped + _LOOKING_UP * mapped
+    each = _UNPACKING + _SPREADING * grouped + _LOOKING_UP * mapped
+    return min(weights, CHUNK_ELEMENTS) * each
 
 
 @cache

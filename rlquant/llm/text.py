@@ -19,6 +19,7 @@ from rlquant.llm.model import LanguageModel
 __all__ = ["Agreement", "Windows", "compare_windows", "read_text", "window_losses"]
 
 _CHUNK_LOGITS = 2**25  # of a window's logits in float32 at once: 128 MB
+_TOGETHER = 16  # windows in one forward on a GPU; on a CPU they would only take more memory
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ def window_losses(
     Raises:
         InputError: a loss is not finite; the message says which window.
     """
-    losses = []
-    for index, row in enumerate(torch.from_numpy(windows.tokens)):
-        hidden = _hidden(lm, row, cache)
-        loss = float(_losses(lm, hidden, row, windows.scored).double().mean())
-        if not np.isfinite(loss):
-            raise InputError(f"{lm.source} in {lm.precision} puts out NaN or infinity in window {index}")
-        losses.append(loss)
-        done(index + 1)
+    losses: list[float] = []
+    for rows in _together(lm, windows):
+        for row, hidden in zip(rows, _hidden(lm, rows, cache), strict=True):
+            loss = float(_losses(lm, hidden, row, windows.scored).double().mean())
+            if not np.isfinite(loss):
+                raise InputError(f"{lm.source} in {lm.precision} puts out NaN or infinity in window {len(losses)}")
+            losses.append(loss)
+        done(len(losses))
     return np.array(losses)
 
 
@@ -124,32 +125,37 @@ class Agreement:
 
 
 def compare_windows(reference: LanguageModel, lm: LanguageModel, windows: Windows) -> Agreement:
-    """Both models on the same windows, one window at a time."""
+    """Both models on the same windows."""
+    length = windows.tokens.shape[1]
+    positions = range(length - 1 - windows.scored, length - 1)
     divergence = agreed = count = 0.0
-    for row in torch.from_numpy(windows.tokens):
-        states = [_hidden(each, row, None) for each in (reference, lm)]
-        positions = range(len(row) - 1 - windows.scored, len(row) - 1)
-        for part in _chunks(positions, lm.vocabulary):
-            p, q = (
-                _log_probabilities(each, state[part])
-                for each, state in zip((reference, lm), states, strict=True)
-            )
-            q = q.to(p.device)
-            divergence += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
-            agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-            count += len(p)
+    for rows in _together(lm, windows):
+        for states in zip(*(_hidden(each, rows, None) for each in (reference, lm)), strict=True):
+            for part in _chunks(positions, lm.vocabulary):
+                pair = zip((reference, lm), states, strict=True)
+                p, q = (_log_probabilities(each, state[part]) for each, state in pair)
+                q = q.to(p.device)
+                divergence += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
+                agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+                count += len(p)
     return Agreement(divergence / count, agreed / count)
 
 
-def _hidden(lm: LanguageModel, row: Tensor, cache: Callable[[], Any] | None) -> Tensor:
-    """Last hidden states ``[length, hidden]``."""
-    ids = row[None].to(lm.device)
+def _together(lm: LanguageModel, windows: Windows) -> tuple[Tensor, ...]:
+    """Windows that go through a model at once, int64 ``[n, length]`` each."""
+    return torch.split(torch.from_numpy(windows.tokens), _TOGETHER if lm.device.type == "cuda" else 1)
+
+
+def _hidden(lm: LanguageModel, rows: Tensor, cache: Callable[[], Any] | None) -> Tensor:
+    """Last hidden states ``[n, length, hidden]``."""
+    ids = rows.to(lm.device)
     with torch.no_grad():
+        decoder = lm.model.get_decoder()
         if cache is not None:
             from rlquant.llm.kv_cache import forward_through_cache
 
-            return forward_through_cache(lm.model, ids, cache())[0]
-        hidden: Tensor = lm.model.get_decoder()(ids, use_cache=False).last_hidden_state[0]
+            return forward_through_cache(decoder, ids, cache())
+        hidden: Tensor = decoder(ids, use_cache=False).last_hidden_state
         return hidden
 
 

@@ -51,6 +51,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed[:count].to(torch.int32)
+    if 8 % bits == 0:  # no code straddles bytes: a few operations on bytes do
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        whole = packed[: packed_size(count, bits), None].bitwise_right_shift(shifts).bitwise_and_(2**bits - 1)
+        return whole.reshape(-1)[:count].to(torch.int32)
     octets = -(-count // 8)
     padded = torch.zeros(octets * bits, dtype=torch.uint8, device=packed.device)
     padded[: packed_size(count, bits)] = packed[: packed_size(count, bits)]

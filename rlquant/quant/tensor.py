@@ -131,14 +131,27 @@ class QuantizedWeight(Float32Scale):
         zero_point = unpack(self.zero_point, self.scheme.stored.bits, scale.numel())
         return QParams(scale, zero_point.view(scale.shape))
 
-    def dequantize(self) -> Tensor:
-        """The real weight: float32 of the weight's shape, computed afresh."""
-        matrix = as_matrix(self.unpacked())
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The real weight, of the weight's shape, computed afresh in float32, some rows at a time."""
+        rows, columns = as_matrix(torch.empty(self.shape, device="meta")).shape
+        real = torch.empty(rows, columns, dtype=dtype, device=self.codes.device)
         qparams = self.qparams()
+        for part in row_chunks(rows, columns):
+            # Eight rows at a time begin with a whole byte.
+            part = slice(part.start // 8 * 8, rows if part.stop == rows else part.stop // 8 * 8)
+            real[part] = self._real(part, columns, qparams)
+        return real.view(self.shape)
+
+    def _real(self, rows: slice, columns: int, qparams: QParams | None) -> Tensor:
+        """Rows of the real matrix, float32; they begin with a whole byte."""
+        bits, stored = self.scheme.stored.bits, self.scheme.stored
+        count = (rows.stop - rows.start) * columns
+        first = rows.start * columns * bits // 8
+        stream = self.codes[first : first + packed_size(count, bits)]
+        codes = unpack(stream, bits, count).view(-1, columns)
         if qparams is None:
-            return self.scheme.stored.decode(matrix).view(self.shape)
-        spread = spread_qparams(qparams, self.scheme, matrix.shape[1])
-        return dequantize(matrix, spread, self.scheme.stored).view(self.shape)
+            return stored.decode(codes)
+        return dequantize(codes, spread_qparams(qparams, self.scheme, columns, rows), stored)
 
     def rows(self, index: Tensor) -> Tensor:
         """The real values of some rows of a matrix: int64 ``[n]`` -> float32 ``[n, columns]``."""
@@ -159,11 +172,11 @@ class QuantizedWeight(Float32Scale):
     def cached(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """:meth:`dequantize` in ``dtype``, kept until the buffers change; not part of the state dict."""
         if not self.caches:
-            return self.dequantize().to(dtype)
+            return self.dequantize(dtype)
         if self._cache is None or self._cache.dtype != dtype:
             # An inference tensor in the cache would break a later forward that records gradients.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = self.dequantize().to(dtype)
+                self._cache = self.dequantize(dtype)
         return self._cache
 
     def extra_repr(self) -> str:

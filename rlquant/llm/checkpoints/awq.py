@@ -36,6 +36,7 @@ class AWQ:
     """See the module."""
 
     mark = "qweight"
+    repeats_head = False
 
     def config(self, schemes: Mapping[str, Scheme], floats: Sequence[str], permuted: bool) -> dict[str, Any]:
         """``quantization_config``."""

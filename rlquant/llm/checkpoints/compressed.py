@@ -45,6 +45,7 @@ class CompressedTensors:
     """See the module."""
 
     mark = "weight_scale"
+    repeats_head = False
 
     def config(self, schemes: Mapping[str, Scheme], floats: Sequence[str], permuted: bool) -> dict[str, Any]:
         """``quantization_config`` with a group for each scheme."""

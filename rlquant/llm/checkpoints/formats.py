@@ -1,7 +1,8 @@
-"""The checkpoint formats by the name that ``quant_method`` of config.json gives them."""
+"""The checkpoint formats by name: what ``quant_method`` of config.json says, and what can be written besides."""
 
 from __future__ import annotations
 
+from rlquant.llm.checkpoints.autogptq import AutoGPTQ
 from rlquant.llm.checkpoints.awq import AWQ
 from rlquant.llm.checkpoints.compressed import CompressedTensors
 from rlquant.llm.checkpoints.gptq import GPTQ
@@ -9,4 +10,9 @@ from rlquant.llm.checkpoints.layout import Layout
 
 __all__ = ["FORMATS"]
 
-FORMATS: dict[str, Layout] = {"gptq": GPTQ(), "awq": AWQ(), "compressed-tensors": CompressedTensors()}
+FORMATS: dict[str, Layout] = {
+    "gptq": GPTQ(),
+    "autogptq": AutoGPTQ(),
+    "awq": AWQ(),
+    "compressed-tensors": CompressedTensors(),
+}

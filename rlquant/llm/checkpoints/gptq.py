@@ -42,6 +42,7 @@ class GPTQ:
     """See the module."""
 
     mark = "qweight"
+    repeats_head = False
 
     def config(self, schemes: Mapping[str, Scheme], floats: Sequence[str], permuted: bool) -> dict[str, Any]:
         """``quantization_config``; ``quantize_config.json`` of AutoGPTQ says the same."""

@@ -21,6 +21,9 @@ class Layout(Protocol):
     mark: str
     """Part of the names of tensors that only quantized layers have."""
 
+    repeats_head: bool
+    """Whether an output layer that is tied to the embedding is written all the same."""
+
     def config(self, schemes: Mapping[str, Scheme], floats: Sequence[str], permuted: bool) -> dict[str, Any]:
         """``quantization_config`` of config.json.
 

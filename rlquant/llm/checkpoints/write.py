@@ -45,7 +45,7 @@ def write_checkpoint(lm: LanguageModel, folder: str | Path, form: str) -> int:
     schemes = {name: layer.scheme for name, layer in layers.items()}
     permuted = any(isinstance(layer, PermutedLinear) for layer in layers.values())
     config = FORMATS[form].config(schemes, _floats(lm.model), permuted)
-    tensors = _unquantized(lm.model, layers)
+    tensors = _unquantized(lm.model, layers, repeats_head=FORMATS[form].repeats_head)
     for name, layer in layers.items():
         stored = AffineLinear.of(layer, name)
         parts = FORMATS[form].to_tensors(stored, name)
@@ -87,15 +87,17 @@ def _name_of(model: Any, wanted: nn.Module) -> str:
     return str(next(name for name, part in model.named_modules() if part is wanted))
 
 
-def _unquantized(model: Any, layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
-    """Everything that is no part of a quantized layer; a tied output layer is left out."""
+def _unquantized(model: Any, layers: dict[str, QuantLinear], *, repeats_head: bool) -> dict[str, Tensor]:
+    """Everything that is no part of a quantized layer; a tied output layer is left out or a copy."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = f"{_name_of(model, head)}.weight" if head.weight is embedding.weight else ""
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name != tied and not any(name.startswith(f"{layer}.") for layer in layers)
-    }
+    inside = tuple(f"{layer}." for layer in layers)
+    tensors = {name: each for name, each in model.state_dict().items() if not name.startswith(inside)}
+    if head.weight is embedding.weight:
+        name = f"{_name_of(model, head)}.weight"
+        tied = tensors.pop(name)
+        if repeats_head:
+            tensors[name] = tied.clone()
+    return tensors
 
 
 def _files(model: Any, config: dict[str, Any]) -> dict[str, str]:
