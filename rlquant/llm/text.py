@@ -152,9 +152,10 @@ def _hidden(lm: LanguageModel, rows: Tensor, cache: Callable[[], Any] | None) ->
     with torch.no_grad():
         decoder = lm.model.get_decoder()
         if cache is not None:
-            from rlquant.llm.kv_cache import forward_through_cache
+            from rlquant.llm.kv_cache import GROUP_SIZE, forward_through_cache
 
-            return forward_through_cache(decoder, ids, cache())
+            held = cache()
+            return forward_through_cache(decoder, ids, held, getattr(held, "group_size", GROUP_SIZE))
         hidden: Tensor = decoder(ids, use_cache=False).last_hidden_state
         return hidden
 
