@@ -36,10 +36,10 @@ _ACTIONS: dict[str, tuple[int, type]] = {
     "threshold": (1, np.int8),
 }
 _FRESH = 1  # of cuda_ops: the request begins an episode
+_NOT_LAUNCHED = -2  # of kernels/cuda.c
 _GIVEN_UP = 10_000_000_000  # nanoseconds
-_LIFE = (
-    100_000  # requests after which a resident kernel makes room for what waits for it, and is launched anew
-)
+# Requests after which a resident kernel makes room for what waits for the whole device, and is launched anew.
+_LIFE = 100_000
 
 
 class _Mailbox(ctypes.Structure):
@@ -265,8 +265,6 @@ class CudaRuntime:
         flat = flattened(self.program, observation, batch=False)
         action: Array = np.empty(head.action_shape, self._dtype)
         outputs = np.empty((1, head.outputs), np.float32)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # this thread may be new to it
         places = (
             0,
             ctypes.addressof(self._box),
@@ -277,6 +275,9 @@ class CudaRuntime:
             0,
         )
         status = self._run(*places, 1)
+        if status == _NOT_LAUNCHED and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # this thread is new to it
+            status = self._run(*places, 1)
         if status:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # which raises what went wrong there

@@ -23,6 +23,7 @@ from rlquant.errors import InputError
 
 __all__ = ["Kernels", "graph_of"]
 
+_WARPS = 8
 _INBOX_BLOCK = 1024  # words of a request that are looked at at once
 
 
@@ -48,7 +49,7 @@ class Kernels:
         self.observation = sum(program.buffers[i].size for i in range(len(program.inputs)))
         # Loops over memory are worth an overlap of loads and products.
         stages = 1 if self.source.in_registers else 3
-        self._options = {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": False}
+        self._options = {"num_warps": _WARPS, "num_stages": stages, "enable_fp_fusion": False}
         self._one = self._scratch(1)
 
     @property
@@ -71,9 +72,11 @@ class Kernels:
     def serve(self, box: list[torch.Tensor], patience: int, requests: int) -> None:
         """Answers requests; ``box``: inbox, outbox, number of the last request, observation, states."""
         size = self.observation + 1
+        # A word for each thread, or all warps would look at the same ones, one after the other over the bus.
+        block = min(_INBOX_BLOCK, power_of_two(size, 32 * _WARPS))
         self._serve[(1,)](
             *box, *self._numbers, *self._one, patience, requests,
-            size=size, block=min(_INBOX_BLOCK, power_of_two(size)), remembered=self.program.state_size,
+            size=size, block=block, remembered=self.program.state_size,
             answer=self.words, **self._program, **self._options,
         )  # fmt: skip
 
@@ -85,7 +88,8 @@ class Kernels:
     def _blocks_at_once(self) -> int:
         if self.device.type == "cpu":
             return 1
-        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+        each = 1 if self.source.in_registers else 2  # as many as registers allow
+        return each * torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
 def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, int, int, tuple[Any, ...]]:

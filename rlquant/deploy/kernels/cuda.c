@@ -38,10 +38,11 @@ static int launched(mailbox *box)
 }
 
 /* Waits for all words of the answer. Returns 0, -1 where none came in time, or -2 where a launch failed. */
-static int64_t await(mailbox *box)
+static int64_t asked(mailbox *box)
 {
     const int64_t words = box->outputs + box->action;
     int64_t end = 0;
+    if ((!box->resident || box->outbox[words]) && launched(box)) return -2;
     for (int64_t i = 0; i < words; ++i)
         for (uint32_t looks = 1; (int32_t)(box->outbox[i] >> 32) != box->tag; ++looks) {
             if (box->resident && box->outbox[words] && launched(box)) return -2;
@@ -70,9 +71,11 @@ int64_t policy_run(const void *constants, mailbox *box, const float *observation
         box->inbox[i + 1] = tag | word;
     }
     box->inbox[0] = tag | (uint32_t)box->command;
-    if ((!box->resident || box->outbox[box->outputs + box->action]) && launched(box)) return -2;
-    failed = await(box);
-    if (failed) return failed;
+    failed = asked(box);
+    if (failed) {
+        --box->tag;
+        return failed;
+    }
     box->command = 0;
     for (int64_t i = 0; i < box->outputs && outputs; ++i) {
         const uint32_t word = (uint32_t)box->outbox[i];
