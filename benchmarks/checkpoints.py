@@ -1,0 +1,228 @@
+"""Checkpoints that rlquant writes, read by other libraries, and the other way round: how far logits are apart.
+
+For each format and scheme the model is quantized (round-to-nearest) and written; the file is read here and by a peer,
+each in its own Python, and logits of the same tokens are compared: with those of the model that was written, and with
+those of the same file read here, which do not differ by the rounding of scales. Writes ``checkpoints.json`` and
+``checkpoints.md``.
+
+    python benchmarks/checkpoints.py MODEL --text FILE [--tokens 128] [--group 64] [--formats gptq,awq,...]
+
+A peer whose Python is not given is left out:
+
+- ``RLQUANT_TEST_GPTQMODEL_PYTHON``: torch, transformers, optimum, gptqmodel and compressed-tensors;
+- ``RLQUANT_TEST_AUTOGPTQ_PYTHON``: auto-gptq 0.7.1 with torch 2.2.2, transformers 4.38.2, numpy below 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlquant.llm.checkpoints import write_checkpoint
+from rlquant.llm.load import load
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.quantize import Plan, quantize_model_
+from rlquant.llm.text import read_text
+from rlquant.runs import machine_info
+
+HERE = Path(__file__).parent
+PYTHONS = {
+    "transformers": "RLQUANT_TEST_GPTQMODEL_PYTHON",
+    "gptqmodel": "RLQUANT_TEST_GPTQMODEL_PYTHON",
+    "autogptq": "RLQUANT_TEST_AUTOGPTQ_PYTHON",
+}
+# Format, scheme, peer, dtype of the peer. GPTQModel's own loader takes 16 bits alone.
+WRITTEN = (
+    ("gptq", "int4-g{group}", "transformers", "fp32"),
+    ("gptq", "int4-g{group}-asym", "transformers", "fp32"),
+    ("gptq", "int8", "transformers", "fp32"),
+    ("gptq", "int3-g{group}", "transformers", "fp32"),
+    ("gptq", "int4-g{group}", "gptqmodel", "bf16"),
+    ("autogptq", "int4-g{group}", "autogptq", "fp32"),
+    ("autogptq", "int8", "autogptq", "fp32"),
+    ("awq", "int4-g{group}-asym", "transformers", "fp32"),
+    ("awq", "int4-g{group}", "transformers", "fp32"),
+    ("compressed-tensors", "int4-g{group}", "transformers", "fp32"),
+    ("compressed-tensors", "int4-g{group}-asym", "transformers", "fp32"),
+    ("compressed-tensors", "int8", "transformers", "fp32"),
+    ("compressed-tensors", "w8a8-dynamic", "transformers", "fp32"),
+)
+MADE: tuple[dict[str, Any], ...] = (
+    {"bits": 4},
+    {"bits": 4, "desc_act": True},
+    {"bits": 4, "sym": False, "format": "gptq_v2"},
+    {"bits": 8},
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library in its own Python."""
+
+    name: str
+    python: str
+
+    def run(self, *arguments: str) -> dict[str, Any]:
+        """Run ``checkpoints_peer.py`` and return its last line; its last error line where it fails."""
+        command = [self.python, str(HERE / "checkpoints_peer.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"error": done.stderr.strip().splitlines()[-1]}
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    def logits(
+        self, folder: Path, dtype: str, ids: Path
+    ) -> tuple[NDArray[np.float32] | None, dict[str, Any]]:
+        """What it makes of a checkpoint, and what did it."""
+        out = ids.with_name("peer.npy")
+        told = self.run("read", self.name, str(folder), dtype, str(ids), str(out))
+        return (None if "error" in told else np.load(out)), told
+
+
+def logits(lm: LanguageModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """``[tokens, vocabulary]``."""
+    with torch.no_grad():
+        found: NDArray[np.float32] = lm.model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+    return found
+
+
+def apart(ours: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, float]:
+    """How far logits are apart, and at how many tokens the likeliest next one is the same."""
+    same = ours.argmax(axis=-1) == other.argmax(axis=-1)
+    return {"max_abs": float(np.abs(ours - other).max()), "top1_equal": float(same.mean())}
+
+
+def written_row(
+    model: str, ids: Path, work: Path, form: str, scheme: str, peer: Peer, dtype: str
+) -> dict[str, Any]:
+    """A checkpoint of ours, read by a peer."""
+    tokens = np.load(ids)
+    lm = quantize_model_(load(model, dtype="fp32"), Plan.parse(scheme))
+    folder = work / f"{form}-{scheme}-{peer.name}"
+    size = write_checkpoint(lm, folder, form)
+    theirs, told = peer.logits(folder, dtype, ids)
+    row = {"format": form, "scheme": scheme, "reader": peer.name, "dtype": dtype, "bytes": size, **told}
+    here = logits(load(str(folder), dtype=dtype), tokens)
+    row["read here"] = apart(logits(lm, tokens), here)
+    if theirs is not None:
+        row["from the model"], row["from the file"] = apart(logits(lm, tokens), theirs), apart(here, theirs)
+    return row
+
+
+def made_row(
+    model: str, ids: Path, work: Path, settings: dict[str, Any], peer: Peer, texts: Path
+) -> dict[str, Any]:
+    """A checkpoint of GPTQModel's, read here and by transformers."""
+    name = " ".join(f"{key}={value}" for key, value in settings.items())
+    folder = work / name.replace(" ", "-")
+    row: dict[str, Any] = {
+        "format": "gptq, by GPTQModel",
+        "scheme": name,
+        "reader": "rlquant",
+        "dtype": "fp32",
+    }
+    told = peer.run("make", model, str(folder), json.dumps(settings), str(texts))
+    if "error" in told:
+        return {**row, **told}
+    theirs, told = peer.logits(folder, "fp32", ids)
+    row |= told
+    if theirs is not None:
+        row["from the file"] = apart(logits(load(str(folder), dtype="fp32"), np.load(ids)), theirs)
+    return row
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"`{about['command']}`, {about['date']}; {about['model']}, {about['tokens']} tokens, logits up to "
+        f"{about['largest']:.1f}; {about['machine']}.",
+        "",
+        "| format | scheme | read by | largest difference of a logit to the model | to the same file read here "
+        "| top-1 equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        reader = f"{row['reader']}, {row['dtype']}"
+        if "error" in row:
+            lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {row['error']} | | |")
+            continue
+        whole, file = row.get("from the model"), row["from the file"]
+        first = "-" if whole is None else f"{whole['max_abs']:.1e}"
+        top = (whole or file)["top1_equal"]
+        lines.append(
+            f"| {row['format']} | {row['scheme']} | {reader} | {first} | {file['max_abs']:.1e} | {top:.1%} |"
+        )
+    versions: dict[str, dict[str, str]] = {}
+    for row in rows:
+        versions.setdefault(row["reader"], row.get("versions", {}))
+    lines.append("")
+    for reader, found in versions.items():
+        if found:
+            lines.append(
+                f"{reader}: " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".\n"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Every row, then the two files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", help="a transformers folder")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--formats", default="gptq,autogptq,awq,compressed-tensors,made")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    formats = options.formats.split(",")
+    peers = {name: Peer(name, os.environ[key]) for name, key in PYTHONS.items() if os.environ.get(key)}
+    text = read_text(options.text)
+    lm = load(options.model, dtype="fp32")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        ids, texts = work / "ids.npy", work / "texts.json"
+        np.save(ids, np.array(lm.tokens(text)[: options.tokens]))
+        largest = float(np.abs(logits(lm, np.load(ids))).max())
+        length = len(text) // 32
+        texts.write_text(
+            json.dumps([text[k * length : k * length + 2000] for k in range(32)]), encoding="utf-8"
+        )
+        for form, scheme, reader, dtype in WRITTEN:
+            if form in formats and reader in peers:
+                name = scheme.format(group=options.group)
+                rows.append(written_row(options.model, ids, work, form, name, peers[reader], dtype))
+                print(json.dumps(rows[-1]), flush=True)
+        if "made" in formats and "transformers" in peers:
+            for settings in MADE:
+                grouped = {"group_size": options.group, **settings}
+                rows.append(made_row(options.model, ids, work, grouped, peers["transformers"], texts))
+                print(json.dumps(rows[-1]), flush=True)
+    about = {
+        "command": f"python benchmarks/checkpoints.py {Path(options.model).name} --text {options.text.name} "
+        f"--group {options.group}",
+        "date": datetime.date.today().isoformat(),
+        "model": Path(options.model).name,
+        "tokens": options.tokens,
+        "largest": largest,
+        "machine": machine_info()["processor"],
+    }
+    (options.out / "checkpoints.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (options.out / "checkpoints.md").write_text(table(rows, about) + "\n")
+
+
+if __name__ == "__main__":
+    main()
