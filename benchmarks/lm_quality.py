@@ -32,6 +32,7 @@ from rlquant.runs import machine_info
 PLANS = (
     ("int8", "rtn"),
     ("w8a8-dynamic", "smoothquant"),
+    ("w8a8-dynamic", "smoothquant+gptq"),
     ("w8a8", "smoothquant"),
     ("nf4", "rtn"),
     ("nf4-dq", "rtn"),
@@ -42,8 +43,9 @@ PLANS = (
     ("int4-g128", "gptq"),
     ("int4-g128", "awq+gptq"),
     ("int4-g64-dq", "awq+gptq"),
-    ("int4-g64-asym-dq", "gptq"),
-    ("int4-g64-asym-dq", "awq+gptq"),
+    ("int4-g32-asym-dq", "rtn"),
+    ("int4-g32-asym-dq", "gptq"),
+    ("int4-g32-asym-dq", "awq+gptq"),
     ("int3-g128", "gptq"),
     ("nf4-dq+embedding=int8", "rtn"),
 )
@@ -198,7 +200,8 @@ def write(table: Table, options: argparse.Namespace) -> None:
     lines += [
         "",
         f"{table.reference.parameters:,} parameters in {options.dtype}; {options.text.name}: {table.windows.protocol}. "
-        f"Calibrated on 128 windows of 512 tokens of {options.calibration.name}. {datetime.date.today().isoformat()}, {where}.",
+        f"Calibrated on 128 windows of 512 tokens of {options.calibration.name}. "
+        f"{datetime.date.today().isoformat()}, {where}.",
     ]
     options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
