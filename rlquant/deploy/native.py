@@ -85,8 +85,8 @@ class NativeRuntime:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the constants and of the working memory."""
-        return self.constants.nbytes + self._memory.nbytes
+        """Bytes of the constants, of the working memory and of what it remembers."""
+        return self.constants.nbytes + self._memory.nbytes + self._states.nbytes
 
     def act(self, observation: Any, masks: Any = None) -> Any:
         """The action for one observation.
