@@ -69,6 +69,7 @@ _BOTH = {
     "confidence",
     "device",
     "trust",
+    "to",
     "out",
 }
 _LANGUAGE = {
@@ -407,16 +408,31 @@ def bench(
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Source,
-    to: Annotated[str, typer.Option("--to", help="c, onnx or program.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="c, onnx or program; for a language model gptq, autogptq, awq or compressed-tensors."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     env: EnvOption = None,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
 ) -> None:
-    """Write an agent or artifact as C99 with a test vector, as an ONNX graph, or as a program folder."""
-    from rlquant.exporting import run_export
+    """Write an agent or artifact as C99 with a test vector, as an ONNX graph, or as a program folder.
 
+    The artifact of a language model is written as a checkpoint that transformers loads.
+    """
+    from rlquant.exporting import run_export, run_export_language
+    from rlquant.sources import source_kind
+
+    kind = source_kind(source)
+    _refuse_unfit(context, kind, source)
+    if kind == "language":
+        run_export_language(source, to, out, trust)
+        return
     run_export(source, to, out, env, normaliser, trust)
 
 

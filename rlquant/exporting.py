@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlquant.errors import unknown_name
 
-__all__ = ["TARGETS", "run_export"]
+__all__ = ["TARGETS", "run_export", "run_export_language"]
 
 TARGETS = ("c", "onnx", "program")
 
@@ -40,3 +40,19 @@ def run_export(
 
         written = f"a program ({save_program(program, out):,} bytes)"
     Console(highlight=False, soft_wrap=True).print(f"{out}: {agent.precision}, {written}")
+
+
+def run_export_language(source: str, form: str, out: Path, trust: bool) -> None:
+    """Write the artifact of a language model as a checkpoint that other libraries load."""
+    from rich.console import Console
+
+    from rlquant.llm.checkpoints import FORMATS, write_checkpoint
+    from rlquant.llm.load import load
+
+    if form not in FORMATS:
+        raise unknown_name("export target for a language model", form, FORMATS)
+    lm = load(source, trust=trust)
+    size = write_checkpoint(lm, out, form)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{out}: {lm.precision}, a checkpoint for {form} ({size:,} bytes)"
+    )

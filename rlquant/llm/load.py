@@ -165,7 +165,7 @@ def _from_checkpoint(path: Path, quantized: dict[str, Any], dtype: str, device: 
         )
     from rlquant.llm.checkpoints import read_checkpoint
 
-    return read_checkpoint(path, dtype=dtype, device=device)
+    return read_checkpoint(path, dtype=dtype, device=device).but(sha256=_hash(path))
 
 
 def _hash(path: Path) -> str:

@@ -49,8 +49,7 @@ def read_checkpoint(path: str | Path, *, dtype: str = "bf16", device: str = "cpu
         stored = layout.from_tensors(config, tensors, linear.out_features, linear.in_features)
         schemes[name] = stored.scheme
         layer = stored.layer(linear)
-        if linear.bias is not None:
-            layer.bias = tensors.take("bias", (linear.out_features,)).to(DTYPES[dtype])
+        layer.bias = _bias(linear, tensors, DTYPES[dtype])
         model.set_submodule(name, layer)
     if not schemes:
         raise InputError(f"{folder} holds no {layout.mark}, so nothing in it is quantized as {method}")
@@ -91,6 +90,14 @@ def _empty_model(folder: Path, dtype: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} names no model that can be made: {str(error).splitlines()[0]}") from None
     return model
+
+
+def _bias(linear: nn.Linear, tensors: LayerTensors, dtype: torch.dtype) -> Tensor | None:
+    """A layer's bias. Older AutoGPTQ stored zeros where there is none."""
+    if linear.bias is None and "bias" not in tensors:
+        return None
+    bias = tensors.take("bias", (linear.out_features,)).to(dtype)
+    return None if linear.bias is None and not bool(bias.any()) else bias
 
 
 def _load_floats(model: Any, shards: Shards, dtype: torch.dtype) -> None:
