@@ -121,8 +121,8 @@ def _processor_seconds() -> tuple[float, float]:
 
 
 def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
+    """Of this process and of those that it started and waited for."""
+    return sum(os.times()[:4])
 
 
 def _text(path: Path) -> str | None:
