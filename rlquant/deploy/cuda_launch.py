@@ -8,6 +8,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,10 @@ class Kernels:
         stages = 1 if self.source.in_registers else 3
         self._options = {"num_warps": _WARPS, "num_stages": stages, "enable_fp_fusion": False}
         self._one = self._scratch(1)
+        self._at_once = 1
+        if device.type == "cuda":
+            each = 1 if self.source.in_registers else 2  # blocks of threads, as many as registers allow
+            self._at_once = each * torch.cuda.get_device_properties(device).multi_processor_count
 
     @property
     def nbytes(self) -> int:
@@ -62,12 +67,13 @@ class Kernels:
         rows = 128 if self.source.in_registers else 32
         if self.device.type == "cpu":
             rows = min(1024, power_of_two(len(observations)))
-        blocks = min(-(-len(observations) // rows), self._blocks_at_once())
+        blocks = min(-(-len(observations) // rows), self._at_once)
         scratch = self._scratch(rows * blocks)
-        self._batch[(blocks,)](
-            observations, states, results, *self._numbers, *scratch, len(observations),
-            rows=rows, **self._program, **self._options,
-        )  # fmt: skip
+        with self._current():
+            self._batch[(blocks,)](
+                observations, states, results, *self._numbers, *scratch, len(observations),
+                rows=rows, **self._program, **self._options,
+            )  # fmt: skip
 
     def serve(self, box: list[torch.Tensor], patience: int, requests: int) -> None:
         """Answers requests; ``box``: inbox, outbox, number of the last request, observation, states."""
@@ -80,24 +86,25 @@ class Kernels:
             answer=self.words, **self._program, **self._options,
         )  # fmt: skip
 
+    def _current(self) -> AbstractContextManager[object]:
+        """Launches go to the device that is current."""
+        if self.device.type == "cpu":
+            return nullcontext()
+        current: AbstractContextManager[object] = torch.cuda.device(self.device)
+        return current
+
     def _scratch(self, rows: int) -> list[torch.Tensor]:
         """Memory for rows that are computed at once; what was there is never read."""
         wide = torch.empty(rows * self.source.wide + 1, dtype=torch.float32, device=self.device)
         return [wide, torch.empty(rows * self.source.narrow + 1, dtype=torch.int8, device=self.device)]
 
-    def _blocks_at_once(self) -> int:
-        if self.device.type == "cpu":
-            return 1
-        each = 1 if self.source.in_registers else 2  # as many as registers allow
-        return each * torch.cuda.get_device_properties(self.device).multi_processor_count
 
-
-def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, int, int, tuple[Any, ...]]:
+def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, int, int, Callable[[], object]]:
     """A CUDA graph of what ``launch(looks)`` launches.
 
     Returns:
-        The address of cuGraphLaunch, the graph, its stream, and what has to stay alive.
-        On the CPU, an address of ``launch`` itself.
+        The address of cuGraphLaunch, the graph, its stream, and a function that waits for the stream and gives the
+        graph back. On the CPU, the address of ``launch`` itself.
     """
     if device.type == "cpu":
 
@@ -106,7 +113,7 @@ def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, in
             return 0
 
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(call)
-        return ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, 0, (callback,)
+        return ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, 0, lambda: callback
     driver = ctypes.CDLL("libcuda.so.1")
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # which waits for no other stream
     graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
@@ -121,8 +128,14 @@ def graph_of(launch: Callable[..., None], device: torch.device) -> tuple[int, in
         finally:
             _call(driver.cuStreamEndCapture, handle, ctypes.byref(graph))
     _call(driver.cuGraphInstantiateWithFlags, ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+    _call(driver.cuGraphDestroy, graph)
     address = ctypes.cast(driver.cuGraphLaunch, ctypes.c_void_p).value or 0
-    return address, executable.value or 0, stream.cuda_stream, (driver, stream)
+
+    def finish() -> None:
+        stream.synchronize()
+        driver.cuGraphExecDestroy(executable)
+
+    return address, executable.value or 0, stream.cuda_stream, finish
 
 
 def _call(function: Any, *arguments: Any) -> None:

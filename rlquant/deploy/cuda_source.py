@@ -2,8 +2,8 @@
 
 Buffers that are made once, as a whole, and read by simple operations stay in registers, one block of columns; all
 others pass through memory, a region for each running block of threads, with a barrier after each operation. The
-source depends on the program's shapes alone: its numbers lie in three blocks of memory, so programs of one shape
-share what is compiled.
+source depends on the program's shapes, and on what stands outside of its images; all other numbers lie in three blocks
+of memory, so programs of one shape share what is compiled.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from rlquant.deploy.c_helpers import C_NAMES
 from rlquant.deploy.cuda_constants import DeviceBlocks, power_of_two
+from rlquant.deploy.cuda_layout import FLOATS_AT_ONCE, Layout
 from rlquant.deploy.cuda_products import (
     WIDEST,
     Shape,
@@ -45,8 +46,6 @@ from rlquant.deploy.program import (
 
 __all__ = ["CudaSource", "generate"]
 
-_MOST = 512  # columns of the widest buffer in registers
-_FLOATS_AT_ONCE = 64  # columns of a product of floats, which needs more registers
 _HELD = 96 * 1024  # bytes of weights that are loaded once, before rows or requests come
 _POSITIONS = 64  # of a convolution that are computed at once
 
@@ -74,7 +73,7 @@ class CudaSource:
     """A generated program.
 
     Attributes:
-        text: of a module that defines ``compute``.
+        text: of a module that defines ``hold``, which loads weights, and ``compute``.
         blocks: its numbers.
         wide, narrow: numbers of scratch memory for each row, float32 and int8.
     """
@@ -99,84 +98,21 @@ class _Writer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.blocks = DeviceBlocks()
-        self.tiles = _in_registers(program)
-        self.sizes = {"wide": 0, "narrow": 0}
+        self.at = Layout(program)
         self.held: dict[str, str] = {}
         self.held_bytes = 0
-        self.places: dict[int, tuple[str, int]] = {}
-        for index in range(len(program.buffers)):
-            if index not in self.tiles:
-                self.places[index] = self._place(index)
 
     def source(self) -> CudaSource:
         lines = []
         for number, op in enumerate(self.program.ops):
             lines += ["", f"# {_described(self.program, op)}", *_own_names(self._op(op, number), number)]
-            if op.target not in self.tiles:
+            if op.target not in self.at.tiles:
                 lines.append("tl.debug_barrier()")
         lines += ["", *self._head(self.program.head), *self._remember()]
-        text = _BEGINNING.format(hold=_indented_text(self._hold())) + _indented_text([*self._rows(), *lines])
-        return CudaSource(text, self.blocks, self.sizes["wide"], self.sizes["narrow"])
-
-    # --- where numbers lie
-
-    def _place(self, index: int) -> tuple[str, int]:
-        """Name of the memory that holds a buffer, and where it begins in a row of it."""
-        inputs, given = len(self.program.inputs), len(self.program.inputs) + len(self.program.states)
-        if index < given:
-            name, first = ("observations", 0) if index < inputs else ("states", inputs)
-            return name, sum(buffer.size for buffer in self.program.buffers[first:index])
-        name = "narrow" if self._is_narrow(index) else "wide"
-        start = self.sizes[name]
-        self.sizes[name] += -(-self.program.buffers[index].size // 32) * 32
-        return name, start
-
-    def _is_narrow(self, index: int) -> bool:
-        return self.program.buffers[index].bits <= 8
-
-    def _rows(self) -> list[str]:
-        """Statements that say where each row begins."""
-        size = sum(self.program.buffers[i].size for i in range(len(self.program.inputs)))
-        words = self.program.head.outputs + self.program.head.size
-        lines = [
-            *(f"{name} = held[{number}]" for number, name in enumerate(self.held)),
-            "slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)",
-            "rows = (first + tl.arange(0, ROWS))[:, None].to(tl.int64)",
-            "live = rows < n",
-            f"observations_at = observations + rows * {size}",
-            f"results_at = rows * {words}",
-        ]
-        if self.program.states:
-            lines.append(f"states_at = states + rows * {self.program.state_size}")
-        return lines + [
-            f"{name}_at = {name} + slots * {count}" for name, count in self.sizes.items() if count
-        ]
-
-    def _at(self, index: int, more: int = 0) -> str:
-        name, start = self.places[index]
-        return f"{name}_at + {start + more}" if start + more else f"{name}_at"
-
-    def _read(
-        self, index: int, more: int = 0, columns: str = "columns", inside: str = "inside", block: int = 0
-    ) -> str:
-        """Expression of some columns of a buffer, zeros elsewhere; of ``block`` where it is in registers."""
-        if index in self.tiles:
-            return f"b{index}_{block}"
-        return (
-            f"tl.load({self._at(index, more)} + {columns}[None, :], mask=live & {inside}[None, :], other=0)"
-        )
-
-    def _write(self, index: int, start: int = 0, block: int = 0) -> str:
-        """Statement that makes ``y`` some columns of a buffer."""
-        if index in self.tiles:
-            return f"b{index}_{block} = y"
-        return f"tl.store({self._at(index, start)} + columns[None, :], y, mask=live & inside[None, :])"
-
-    def _block(self, index: int) -> int:
-        """Columns of a buffer's blocks; those of the last product have no more than they need."""
-        writer = next((op for op in self.program.ops if op.target == index), None)
-        last = index == self.program.output and isinstance(writer, Linear)
-        return min(WIDEST, power_of_two(self.program.buffers[index].size, 8 if last else 32))
+        unpacked = [f"{name} = held[{number}]" for number, name in enumerate(self.held)]
+        compute = [*unpacked, *self.at.row_lines(), *lines]
+        text = _BEGINNING.format(hold=_text(self._hold())) + _text(compute)
+        return CudaSource(text, self.blocks, self.at.sizes["wide"], self.at.sizes["narrow"])
 
     # --- operations
 
@@ -195,8 +131,8 @@ class _Writer:
 
     def _by_columns(self, op: Op, size: int, statements: Callable[[int], list[str]]) -> list[str]:
         """Statements for all columns of the result: one block after the other where they stay in registers."""
-        in_registers = [index for index in (op.target, op.source) if index in self.tiles]
-        block = self._block(in_registers[0]) if in_registers else min(WIDEST, power_of_two(size))
+        in_registers = [index for index in (op.target, op.source) if index in self.at.tiles]
+        block = self.at.block(in_registers[0]) if in_registers else min(WIDEST, power_of_two(size))
         return self._blocks(size, block, statements, unrolled=bool(in_registers))
 
     def _blocks(
@@ -218,8 +154,8 @@ class _Writer:
         change = self._change(op)
 
         def statements(block: int) -> list[str]:
-            read = f"x = real({self._read(op.source, columns=columns, block=block)})"
-            return [*before, read, *change, self._write(op.target, getattr(op, "start", 0), block)]
+            read = f"x = real({self.at.read(op.source, columns=columns, block=block)})"
+            return [*before, read, *change, self.at.write(op.target, getattr(op, "start", 0), block)]
 
         return statements
 
@@ -233,7 +169,7 @@ class _Writer:
         if isinstance(op, OneHot):
             return [f"y = tl.where(x == {self._each(op.value)}, 1.0, 0.0)"]
         if isinstance(op, Table):
-            less, kind = (128, "int8") if self._is_narrow(op.target) else (0, "float32")
+            less, kind = (128, "int8") if self.at.is_narrow(op.target) else (0, "float32")
             table = self.blocks.add(op.table.astype(np.int32) - less)
             return [f"y = tl.load(ints + {table} + x.to(tl.int32)).to(tl.{kind})"]
         assert isinstance(op, Activate)
@@ -249,56 +185,55 @@ class _Writer:
     def _to_grid(self, target: int, zero: str) -> list[str]:
         if self.program.buffers[target].is_float:
             return []
-        return [f"y = {'narrow' if self._is_narrow(target) else 'wide'}_grid(y, {zero})"]
+        return [f"y = {'narrow' if self.at.is_narrow(target) else 'wide'}_grid(y, {zero})"]
 
     def _cell(self, op: Gates) -> list[str]:
         """Equations of :mod:`~rlquant.deploy.reference`."""
         gates, vectors = CELL_KINDS[op.kind]
         size = self.program.buffers[op.target].size // vectors
-        lines = [f"x{i} = {self._read(op.source, i * size)}" for i in range(2 * gates)]
+        lines = [f"x{i} = {self.at.read(op.source, i * size)}" for i in range(2 * gates)]
         if op.kind == "LSTM":
             lines += [
-                f"kept = sigmoid32(x1 + x5) * {self._read(op.memory, size)}",
+                f"kept = sigmoid32(x1 + x5) * {self.at.read(op.memory, size)}",
                 "y = kept + sigmoid32(x0 + x4) * tanh32(x2 + x6)",
-                self._write(op.target, size),
+                self.at.write(op.target, size),
                 "y = sigmoid32(x3 + x7) * tanh32(y)",
             ]
         else:
             lines += [
                 "update = sigmoid32(x1 + x4)",
                 "new = tanh32(x2 + sigmoid32(x0 + x3) * x5)",
-                f"y = (1.0 - update) * new + update * {self._read(op.memory)}",
+                f"y = (1.0 - update) * new + update * {self.at.read(op.memory)}",
             ]
-        return [*lines, self._write(op.target)]
+        return [*lines, self.at.write(op.target)]
 
     # --- products
 
     def _product(self, op: Linear, number: int) -> list[str]:
-        block = self._block(op.source) if op.source in self.tiles else None
-        if op.target in self.tiles:
-            columns = self._block(op.target)
+        block = self.at.block(op.source) if op.source in self.at.tiles else None
+        if op.target in self.at.tiles:
+            columns = self.at.block(op.target)
         else:
-            widest = _FLOATS_AT_ONCE if self.program.buffers[op.source].is_float else WIDEST
+            widest = FLOATS_AT_ONCE if self.program.buffers[op.source].is_float else WIDEST
             columns = min(widest, power_of_two(op.weight.rows))
         shape = shape_of(self.program, op, columns=columns, block=block)
         if block:
             source = [f"b{op.source}_{i}" for i in range(shape.span // block)]
         else:
-            source = [f"x = {self._read(op.source, columns='column', inside='used')}"]
+            source = [f"x = {self.at.read(op.source, columns='column', inside='used')}"]
         stored = store(op, shape, self.blocks)
         multiply = self._held(op, number, shape, stored) or self._multiply(op, shape, stored)
         sums = ["units = columns", *self._sums(op, shape, multiply, source, "ROWS")]
 
         def statements(block: int) -> list[str]:
-            return [line.replace("@", f"{block}") for line in sums] + [
-                self._write(op.target, op.start, block)
-            ]
+            lines = [line.replace("@", f"{block}") for line in sums]
+            return [*lines, self.at.write(op.target, op.start, block)]
 
-        return self._blocks(shape.each, columns, statements, unrolled=op.target in self.tiles)
+        return self._blocks(shape.each, columns, statements, unrolled=op.target in self.at.tiles)
 
     def _held(self, op: Linear, number: int, shape: Shape, stored: Stored) -> str | None:
         """As :func:`multiply_line`, of weights that were loaded before; None where they are too many."""
-        in_registers = {op.source, op.target} <= self.tiles and self._is_narrow(op.source)
+        in_registers = {op.source, op.target} <= self.at.tiles and self.at.is_narrow(op.source)
         if not in_registers or stored.digits != 1 or self.held_bytes + stored.size > _HELD:
             return None
         self.held_bytes += stored.size
@@ -316,18 +251,15 @@ class _Writer:
         return [*(f"{name} = {load}" for name, load in self.held.items()), f"return ({names.strip()})"]
 
     def _multiply(self, op: Linear, shape: Shape, stored: Stored) -> str:
-        return multiply_line(shape, stored, self._planes(op.source))
-
-    def _planes(self, index: int) -> int:
-        return 1 if self._is_narrow(index) else 2
+        return multiply_line(shape, stored, self.at.planes(op.source))
 
     def _convolution(self, op: Conv2d) -> list[str]:
         """Image after image; the rows of the product are positions."""
         positions = op.out_size[0] * op.out_size[1]
         columns = min(64, power_of_two(op.weight.rows // op.blocks))
         shape = shape_of(self.program, op, columns=columns, block=None)
-        (source, begin), (target, end) = self.places[op.source], self.places[op.target]
-        outside = f"{op.source_zero - (128 if self._is_narrow(op.source) else 0)}"
+        (source, begin), (target, end) = self.at.places[op.source], self.at.places[op.target]
+        outside = f"{op.source_zero - (128 if self.at.is_narrow(op.source) else 0)}"
         multiply = self._multiply(op, shape, store(op, shape, self.blocks))
         load = patch_lines(op, f"image + {begin}", outside)
         place = f"(units - block * {shape.room - shape.each})[None, :] * {positions} + positions[:, None]"
@@ -341,18 +273,11 @@ class _Writer:
         loops = looped("start", shape.each, shape.columns, statements)
         loops = [*position_lines(op, _POSITIONS), *looped("block", shape.blocks, 1, loops)]
         loops = looped("place", positions, _POSITIONS, loops)
-        ends = [self._one(source, "image"), self._one(target, "result")]
+        ends = [self.at.row(source, "image"), self.at.row(target, "result")]
         return ["for row in range(first, tl.minimum(first + ROWS, n)):", *indented([*ends, *loops])]
 
-    def _one(self, name: str, pointer: str) -> str:
-        """Statement that sets a pointer to a row of some memory."""
-        if name in self.sizes:
-            return f"{pointer} = {name} + (tl.min(slots) + row - first) * {self.sizes[name]}"
-        size = sum(self.program.buffers[i].size for i, (other, _) in self.places.items() if other == name)
-        return f"{pointer} = {name} + (tl.min(slots) * 0 + row) * {size}"
-
     def _sums(self, op: Linear, shape: Shape, multiply: str, source: list[str], rows: str) -> list[str]:
-        lines = sum_lines(op, shape, self.blocks, multiply, source, rows, self._planes(op.source))
+        lines = sum_lines(op, shape, self.blocks, multiply, source, rows, self.at.planes(op.source))
         if self.program.buffers[op.target].is_float:
             return lines
         low, high = (self._each(np.array([x], np.float32)) for x in (op.low - op.zero, op.high - op.zero))
@@ -363,13 +288,13 @@ class _Writer:
 
     def _head(self, head: ProgramHead) -> list[str]:
         """Statements that store the outputs and the action."""
-        block = power_of_two(head.outputs, self._block(self.program.output))
+        block = power_of_two(head.outputs, self.at.block(self.program.output))
         output = self.program.output
         lines = [
             "# outputs, and the action",
             f"columns = tl.arange(0, {block})",
             f"inside = columns < {head.outputs}",
-            f"y = {self._read(output)}",
+            f"y = {self.at.read(output)}",
             "put(results, results_at + columns[None, :], y, live & inside[None, :], tag, PAIRS)",
         ]
         if head.kind in ("argmax", "multi_argmax"):
@@ -398,48 +323,14 @@ class _Writer:
         lines: list[str] = []
         for state, after in self.program.states:
             size = self.program.buffers[state].size
-            copy = self._blocks(
-                size,
-                WIDEST,
-                lambda block, state=state, after=after: [f"y = {self._read(after)}", self._write(state)],
-            )
+            move = [f"y = {self.at.read(after)}", self.at.write(state)]
+            columns = [f"columns = start + tl.arange(0, {WIDEST})", f"inside = columns < {size}"]
+            copy = looped("start", size, WIDEST, [*columns, *move])
             lines += _own_names(copy, len(lines))
         return lines
 
 
-def _in_registers(program: Program) -> set[int]:
-    """Buffers that one operation makes as a whole, and that only operations on whole blocks read."""
-    found = set()
-    for index, buffer in enumerate(program.buffers):
-        writers = [op for op in program.ops if op.target == index]
-        readers = [op for op in program.ops if index in (op.source, getattr(op, "memory", None))]
-        once = len(writers) == 1 and _makes_all(program, writers[0])
-        most = WIDEST if index == program.output else _MOST  # the head takes one block
-        small = buffer.size <= most and index not in dict(program.states).values()
-        if once and small and all(_reads_blocks(op) for op in readers):
-            found.add(index)
-    return found
-
-
-def _makes_all(program: Program, op: Op) -> bool:
-    """Whether it computes all of its target, block after block."""
-    if isinstance(op, Conv2d | Gates):
-        return False
-    order = getattr(op, "order", None)
-    size = op.weight.rows if isinstance(op, Linear) else program.buffers[op.source].size
-    if isinstance(op, Linear) and program.buffers[op.source].is_float and size > _FLOATS_AT_ONCE:
-        return False
-    return program.buffers[op.target].size == (size if order is None else len(order))
-
-
-def _reads_blocks(op: Op) -> bool:
-    """Whether it can take its source from registers, block after block."""
-    if isinstance(op, Linear):
-        return not isinstance(op, Conv2d) and op.gain.shape[1] == 1
-    return isinstance(op, Table | Activate) or (isinstance(op, Affine) and op.order is None)
-
-
-def _indented_text(lines: list[str]) -> str:
+def _text(lines: list[str]) -> str:
     return "".join(f"    {line}\n" if line else "\n" for line in lines)
 
 
