@@ -1,15 +1,21 @@
 """Checkpoints that rlquant writes, read by other libraries, and the other way round: how far logits are apart.
 
-For each format and scheme the model is quantized (round-to-nearest) and written; the file is read here and by a peer,
-each in its own Python, and logits of the same tokens are compared: with those of the model that was written, and with
-those of the same file read here, which do not differ by the rounding of scales. Writes ``checkpoints.json`` and
-``checkpoints.md``.
+For each format and scheme the model is quantized (round-to-nearest) and written; a peer in its own Python reads the
+file, and logits of the same tokens are compared with those
+
+- of the model that was written, in float32. GPTQ and AWQ round scales to float16;
+- of the same file read here;
+- of the same file read here, with its dense weights and biases rounded to float16, as GPTQModel's kernels do.
+
+Writes ``checkpoints.json`` and ``checkpoints.md``.
 
     python benchmarks/checkpoints.py MODEL --text FILE [--tokens 128] [--group 64] [--formats gptq,awq,...]
 
 A peer whose Python is not given is left out:
 
 - ``RLQUANT_TEST_GPTQMODEL_PYTHON``: torch, transformers, optimum, gptqmodel and compressed-tensors;
+- ``RLQUANT_TEST_COMPRESSED_PYTHON``: torch, transformers and compressed-tensors 0.17.1, the last that loads its own
+  asymmetric ``pack-quantized`` checkpoints: 0.18 to 0.20 expect their zero points unpacked and fail at the sizes;
 - ``RLQUANT_TEST_AUTOGPTQ_PYTHON``: auto-gptq 0.7.1 with torch 2.2.2, transformers 4.38.2, numpy below 2.
 """
 
@@ -28,17 +34,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from rlquant.llm.checkpoints import write_checkpoint
 from rlquant.llm.load import load
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.text import read_text
+from rlquant.quant import QuantLinear
 from rlquant.runs import machine_info
 
 HERE = Path(__file__).parent
 PYTHONS = {
     "transformers": "RLQUANT_TEST_GPTQMODEL_PYTHON",
+    "compressed-tensors": "RLQUANT_TEST_COMPRESSED_PYTHON",
     "gptqmodel": "RLQUANT_TEST_GPTQMODEL_PYTHON",
     "autogptq": "RLQUANT_TEST_AUTOGPTQ_PYTHON",
 }
@@ -48,14 +57,16 @@ WRITTEN = (
     ("gptq", "int4-g{group}-asym", "transformers", "fp32"),
     ("gptq", "int8", "transformers", "fp32"),
     ("gptq", "int3-g{group}", "transformers", "fp32"),
-    ("gptq", "int4-g{group}", "gptqmodel", "bf16"),
+    ("gptq", "int4-g{group}", "gptqmodel", "fp16"),
     ("autogptq", "int4-g{group}", "autogptq", "fp32"),
     ("autogptq", "int8", "autogptq", "fp32"),
     ("awq", "int4-g{group}-asym", "transformers", "fp32"),
     ("awq", "int4-g{group}", "transformers", "fp32"),
     ("compressed-tensors", "int4-g{group}", "transformers", "fp32"),
     ("compressed-tensors", "int4-g{group}-asym", "transformers", "fp32"),
+    ("compressed-tensors", "int4-g{group}-asym", "compressed-tensors", "fp32"),
     ("compressed-tensors", "int8", "transformers", "fp32"),
+    ("compressed-tensors", "w8a8", "transformers", "fp32"),
     ("compressed-tensors", "w8a8-dynamic", "transformers", "fp32"),
 )
 MADE: tuple[dict[str, Any], ...] = (
@@ -64,6 +75,16 @@ MADE: tuple[dict[str, Any], ...] = (
     {"bits": 4, "sym": False, "format": "gptq_v2"},
     {"bits": 8},
 )
+
+NOTES = """
+- GPTQModel's kernels round dense weights and biases to float16; done here, its logits are met. AutoGPTQ in fp32 rounds
+  nothing. Its own `GPTQModel.load` takes 16 bits alone and computes in them.
+- compressed-tensors 0.18 to 0.20 make a meta module whose zero points are unpacked, so no asymmetric `pack-quantized`
+  checkpoint loads, those that the library writes itself included; 0.17.1 and before read ours exactly.
+- w8a8-dynamic: each token's range is divided there and multiplied by an inverse here, so a value halfway between two
+  codes may take the other one.
+- auto-gptq 0.7.1 loads a tied output layer only where it is in the file: `--to autogptq` writes it, `--to gptq` does not.
+"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,8 @@ class Peer:
     ) -> tuple[NDArray[np.float32] | None, dict[str, Any]]:
         """What it makes of a checkpoint, and what did it."""
         out = ids.with_name("peer.npy")
-        told = self.run("read", self.name, str(folder), dtype, str(ids), str(out))
+        reader = "transformers" if self.name == "compressed-tensors" else self.name
+        told = self.run("read", reader, str(folder), dtype, str(ids), str(out))
         return (None if "error" in told else np.load(out)), told
 
 
@@ -104,20 +126,41 @@ def apart(ours: NDArray[np.float32], other: NDArray[np.float32]) -> dict[str, fl
     return {"max_abs": float(np.abs(ours - other).max()), "top1_equal": float(same.mean())}
 
 
+def half(lm: LanguageModel) -> LanguageModel:
+    """Its quantized layers as dense ones, of weights and biases that were rounded to float16."""
+    for name, layer in list(lm.model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            dense.weight = nn.Parameter(layer.weight.half().float())
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.half().float())
+            lm.model.set_submodule(name, dense)
+    return lm
+
+
+def beside_file(folder: Path, tokens: NDArray[np.int64], theirs: NDArray[np.float32]) -> dict[str, Any]:
+    """The file as it is read here, in float32, beside what the peer made of it."""
+    here, lm = load(str(folder), dtype="fp32"), load(str(folder), dtype="fp32")
+    rows = {"from the file": apart(logits(here, tokens), theirs)}
+    if lm.method != "compressed-tensors":
+        rows["from the file in float16"] = apart(logits(half(lm), tokens), theirs)
+    return rows
+
+
 def written_row(
     model: str, ids: Path, work: Path, form: str, scheme: str, peer: Peer, dtype: str
 ) -> dict[str, Any]:
     """A checkpoint of ours, read by a peer."""
     tokens = np.load(ids)
-    lm = quantize_model_(load(model, dtype="fp32"), Plan.parse(scheme))
+    plan = Plan.parse(scheme)
+    seen = torch.from_numpy(tokens)[None] if plan.needs_calibration else None
+    lm = quantize_model_(load(model, dtype="fp32"), plan, calibration=seen)
     folder = work / f"{form}-{scheme}-{peer.name}"
     size = write_checkpoint(lm, folder, form)
     theirs, told = peer.logits(folder, dtype, ids)
     row = {"format": form, "scheme": scheme, "reader": peer.name, "dtype": dtype, "bytes": size, **told}
-    here = logits(load(str(folder), dtype=dtype), tokens)
-    row["read here"] = apart(logits(lm, tokens), here)
     if theirs is not None:
-        row["from the model"], row["from the file"] = apart(logits(lm, tokens), theirs), apart(here, theirs)
+        row |= {"from the model": apart(logits(lm, tokens), theirs), **beside_file(folder, tokens, theirs)}
     return row
 
 
@@ -139,7 +182,7 @@ def made_row(
     theirs, told = peer.logits(folder, "fp32", ids)
     row |= told
     if theirs is not None:
-        row["from the file"] = apart(logits(load(str(folder), dtype="fp32"), np.load(ids)), theirs)
+        row |= beside_file(folder, np.load(ids), theirs)
     return row
 
 
@@ -149,21 +192,19 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"`{about['command']}`, {about['date']}; {about['model']}, {about['tokens']} tokens, logits up to "
         f"{about['largest']:.1f}; {about['machine']}.",
         "",
-        "| format | scheme | read by | largest difference of a logit to the model | to the same file read here "
-        "| top-1 equal |",
-        "|---|---|---|---|---|---|",
+        "| format | scheme | read by | largest difference of a logit to the model written | to the file read here "
+        "| to that with float16 weights | top-1 equal |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         reader = f"{row['reader']}, {row['dtype']}"
         if "error" in row:
-            lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {row['error']} | | |")
+            lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {row['error']} | | | |")
             continue
-        whole, file = row.get("from the model"), row["from the file"]
-        first = "-" if whole is None else f"{whole['max_abs']:.1e}"
-        top = (whole or file)["top1_equal"]
-        lines.append(
-            f"| {row['format']} | {row['scheme']} | {reader} | {first} | {file['max_abs']:.1e} | {top:.1%} |"
-        )
+        found = [row.get(f"from the {what}") for what in ("model", "file", "file in float16")]
+        figures = " | ".join("-" if each is None else f"{each['max_abs']:.1e}" for each in found)
+        top = next(each["top1_equal"] for each in found if each is not None)
+        lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {figures} | {top:.1%} |")
     versions: dict[str, dict[str, str]] = {}
     for row in rows:
         versions.setdefault(row["reader"], row.get("versions", {}))
@@ -199,7 +240,7 @@ def main() -> None:
         largest = float(np.abs(logits(lm, np.load(ids))).max())
         length = len(text) // 32
         texts.write_text(
-            json.dumps([text[k * length : k * length + 2000] for k in range(32)]), encoding="utf-8"
+            json.dumps([text[k * length : k * length + 1000] for k in range(32)]), encoding="utf-8"
         )
         for form, scheme, reader, dtype in WRITTEN:
             if form in formats and reader in peers:
