@@ -83,7 +83,8 @@ NOTES = """
   checkpoint loads, those that the library writes itself included; 0.17.1 and before read ours exactly.
 - w8a8-dynamic: each token's range is divided there and multiplied by an inverse here, so a value halfway between two
   codes may take the other one.
-- auto-gptq 0.7.1 loads a tied output layer only where it is in the file: `--to autogptq` writes it, `--to gptq` does not.
+- auto-gptq 0.7.1 loads a tied output layer only where it is in the file (else both are zero): `--to autogptq` writes
+  it, `--to gptq` does not.
 """
 
 
@@ -201,9 +202,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {row['error']} | | | |")
             continue
-        found = [row.get(f"from the {what}") for what in ("model", "file", "file in float16")]
-        figures = " | ".join("-" if each is None else f"{each['max_abs']:.1e}" for each in found)
-        top = next(each["top1_equal"] for each in found if each is not None)
+        rows_apart = [row.get(f"from the {what}") for what in ("model", "file", "file in float16")]
+        figures = " | ".join("-" if each is None else f"{each['max_abs']:.1e}" for each in rows_apart)
+        top = next(each["top1_equal"] for each in rows_apart if each is not None)
         lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {figures} | {top:.1%} |")
     versions: dict[str, dict[str, str]] = {}
     for row in rows:

@@ -133,7 +133,8 @@ def _write(lm: LanguageModel, folder: Path, tensors: dict[str, Tensor], files: d
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if folder.is_dir():
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{folder} cannot be written to: {error.strerror or error}") from None
     for name, content in files.items():
         write_atomic(folder / name, content)
