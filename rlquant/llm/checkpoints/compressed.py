@@ -3,7 +3,8 @@
 ``pack-quantized``, for weights of 2, 4 or 8 bits with K inputs, N outputs and G groups:
 
 - ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``: codes, and ``weight_shape`` int64 ``[2]``;
-- ``weight_scale`` ``[N, G]``, which are float32 here: nothing is rounded;
+- ``weight_scale`` ``[N, G]``, written as float32: nothing is rounded (transformers casts them to the dtype it is
+  asked for, so bfloat16 rounds them there);
 - ``weight_zero_point`` int32 ``[ceil(N * bits / 32), G]``, packed along the outputs; asymmetric weights only;
 - ``weight_g_idx`` int32 ``[K]``, where GPTQ's act-order dealt columns into groups.
 
