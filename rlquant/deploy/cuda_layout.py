@@ -88,7 +88,7 @@ class Layout:
         """Columns of a buffer's blocks; those of the last product have no more than they need."""
         writer = next((op for op in self.program.ops if op.target == index), None)
         last = index == self.program.output and isinstance(writer, Linear)
-        return min(WIDEST, power_of_two(self.program.buffers[index].size, 16 if last else 32))
+        return min(WIDEST, power_of_two(self.program.buffers[index].size, 8 if last else 32))
 
     def row(self, name: str, pointer: str) -> str:
         """Statement that sets a pointer to a row of some memory."""
