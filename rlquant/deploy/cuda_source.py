@@ -312,8 +312,7 @@ class _Writer:
             if head.kind == "clip":
                 lines.append(f"y = clamp(y, {low}, {self._each(head.high)})")
             else:
-                # Numbers that nobody reads are 1: a division of 0 takes far longer than others.
-                squashed = "tanh32(tl.where(inside[None, :], y, 1.0))" if head.kind == "tanh" else "y"
+                squashed = "tanh32(y)" if head.kind == "tanh" else "y"
                 span = self._each(head.high - head.low)
                 lines += [f"y = 0.5 * ({squashed} + 1.0)", f"y = {low} + y * {span}"]
         at = f"results_at + {head.outputs} + columns[None, :]"
