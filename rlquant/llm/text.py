@@ -105,7 +105,9 @@ def window_losses(
         for row, hidden in zip(rows, _hidden(lm, rows, cache), strict=True):
             loss = float(_losses(lm, hidden, row, windows.scored).double().mean())
             if not np.isfinite(loss):
-                raise InputError(f"{lm.source} in {lm.precision} puts out NaN or infinity in window {len(losses)}")
+                raise InputError(
+                    f"{lm.source} in {lm.precision} puts out NaN or infinity in window {len(losses)}"
+                )
             losses.append(loss)
         done(len(losses))
     return np.array(losses)
