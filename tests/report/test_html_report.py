@@ -143,7 +143,7 @@ def test_what_was_not_measured_is_left_out(pages):
     assert not {"figure-latency", "figure-weights"} & identifiers
     assert "Latency" not in page.text
     assert "reward" not in page.text.lower()
-    assert "64 prompts" in page.text
+    assert "64 windows" in page.text
 
 
 def test_weights_have_one_histogram_per_layer(pages):

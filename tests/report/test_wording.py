@@ -94,10 +94,10 @@ def test_a_reference_without_reward_judges_nothing():
     assert "not clearly better than random" in finding.detail
 
 
-def test_language_subjects_have_scores_and_prompts():
+def test_language_subjects_have_scores_and_windows():
     text = " ".join(f.headline + f.detail for f in findings(samples.language()))
     assert "of the score" in text
-    assert "64 prompts" in text
+    assert "64 windows" in text
     assert not {"reward", "return", "episode"} & set(text.replace("s ", " ").split())
 
 
