@@ -83,7 +83,7 @@ _LANGUAGE = {
     "generate",
     "dtype",
 }
-_LANGUAGE |= {"calibration_windows", "calibration_length"}
+_LANGUAGE |= {"calibration_windows", "calibration_length", "prompt_tokens", "new_tokens"}
 # What Typer's parser raises; Typer names only a child of it.
 _UsageError: Any = typer.BadParameter.__base__
 KINDS = ("agents", "envs", "recipes", "schemes")
@@ -361,12 +361,13 @@ def tune(
 
 @app.command()
 def bench(
+    context: typer.Context,
     source: Source,
     precisions: Annotated[str, typer.Option("--precisions", help="Comma-separated schemes.")] = "fp32,w8a8",
     runtimes: Annotated[
         str,
         typer.Option(
-            "--runtimes", help="Comma-separated: sb3 (model.predict), torch, native, onnx, reference."
+            "--runtimes", help="Comma-separated: sb3 (model.predict), torch, native, onnx, reference, cuda."
         ),
     ] = "sb3,torch,onnx,native",
     method: Annotated[str, typer.Option("--method", help="Quantization method.")] = "rtn",
@@ -378,17 +379,49 @@ def bench(
     seed: SeedOption = 0,
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
+    generate: Annotated[
+        str, typer.Option("--generate", help="Batch sizes to time.", rich_help_panel=_LM)
+    ] = "1,8",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Read before the first.", rich_help_panel=_LM)
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Generated and timed.", rich_help_panel=_LM)
+    ] = 32,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=_LM)
+    ] = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder; runs/bench-NAME if not given.")
     ] = None,
 ) -> None:
-    """Time one action in each runtime at each precision, in turns.
+    """Time one action in each runtime at each precision, in turns; of a language model, its generation.
 
     Percentiles, jitter, the first call, missed deadlines, memory that a call allocates, and what else the
     machine did meanwhile.
     """
     from rlquant.benching import BenchOptions, run_bench
+    from rlquant.sources import source_kind
 
+    kind = source_kind(source)
+    _refuse_unfit(context, kind, source)
+    if kind == "language":
+        from rlquant.languages import LanguageBenchOptions, run_bench_language
+
+        run_bench_language(
+            LanguageBenchOptions(
+                source=source,
+                precisions=_names(precisions, "--precisions") if "precisions" in _given(context) else None,
+                generate=_counts(generate, "--generate"),
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                device=device,
+                seed=seed,
+                trust=trust,
+                out=out,
+            )
+        )
+        return
     run_bench(
         BenchOptions(
             source=source,
@@ -567,7 +600,8 @@ def _given(context: typer.Context) -> set[str]:
 def _refuse_unfit(context: typer.Context, kind: str, source: str) -> None:
     """Options that mean nothing for this kind of policy. Raises InputError."""
     control = set(context.params) - _BOTH - _LANGUAGE
-    unfit = sorted(_given(context) & (control if kind == "language" else _LANGUAGE - {"device"}))
+    language = _LANGUAGE if context.info_name == "evaluate" else _LANGUAGE | {"device"}
+    unfit = sorted(_given(context) & (control if kind == "language" else language))
     if unfit:
         what = "a language model" if kind == "language" else "a control policy"
         options = ", ".join("--" + name.replace("_", "-") for name in unfit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from rlquant.llm.model import LanguageModel
     from rlquant.llm.settings import LanguageSettings
 
-__all__ = ["LanguageOptions", "LanguageQuantizeOptions", "run_evaluate_language", "run_quantize_language"]
+__all__ = [
+    "LanguageBenchOptions",
+    "LanguageOptions",
+    "LanguageQuantizeOptions",
+    "run_bench_language",
+    "run_evaluate_language",
+    "run_quantize_language",
+]
 
 _HELD_OUT = 0.2
 """Share of the text, at its end, that calibrates where no other data is given."""
@@ -61,6 +69,21 @@ class LanguageQuantizeOptions:
     device: str
     seed: int
     trust: bool
+
+
+@dataclass(frozen=True)
+class LanguageBenchOptions:
+    """Options of ``rlquant bench`` for a language model; see its help."""
+
+    source: str
+    precisions: tuple[str, ...] | None
+    generate: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    device: str
+    seed: int
+    trust: bool
+    out: Path | None
 
 
 def run_evaluate_language(options: LanguageOptions) -> None:
@@ -159,6 +182,60 @@ def run_quantize_language(options: LanguageQuantizeOptions) -> None:
         f"({before / after:.2f}x smaller), {total:,} bytes on disk",
         highlight=False,
     )
+
+
+def run_bench_language(options: LanguageBenchOptions) -> None:
+    """Time generation at each precision and batch size, write bench.json, print the table."""
+    import numpy as np
+    from rich.console import Console
+
+    from rlquant.llm.evaluate import generation_json, subject
+    from rlquant.llm.load import DTYPES, load
+    from rlquant.llm.settings import LanguageSettings
+    from rlquant.llm.speed import time_generation
+    from rlquant.llm.versions import accelerate_, at_precision
+    from rlquant.measure import plain
+    from rlquant.quant import weight_bytes
+    from rlquant.report import generation_table
+
+    device = device_named(options.device)
+    precisions = options.precisions or (("fp32" if device == "cpu" else "bf16"), "int8", "nf4")
+    settings = LanguageSettings(
+        precisions=precisions,
+        generate=options.generate,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        device=device,
+    )
+    lm = load(options.source, dtype=settings.reference, device=device, trust=options.trust)
+    prompt = np.random.default_rng(options.seed).integers(0, lm.vocabulary, settings.prompt_tokens).tolist()
+    timings = []
+    for precision, _ in settings.rows():
+        model = at_precision(lm, precision)
+        size = weight_bytes(model.model)
+        runtime = accelerate_(model, settings.reference)
+        simulated = precision not in DTYPES and runtime == "torch"
+        for batch in settings.generate:
+            timed = time_generation(
+                model, prompt, batch=batch, tokens=settings.new_tokens, simulated=simulated
+            )
+            entry = {"precision": precision, "runtime": runtime, "weights": size}
+            timings.append({**entry, **generation_json(timed)})
+    document = {
+        "schema": "rlquant.bench/1",
+        "subject": subject(lm),
+        "machine": machine_info(device),
+        "versions": package_versions(),
+        "settings": settings.to_json(),
+        "timings": plain(timings),
+    }
+    folder = RunFolder(
+        options.out or Path("runs") / f"bench-{_default_folder(options.source).name}", {"bench": subject(lm)}
+    )
+    path = folder.write("bench.json", json.dumps(document, indent=1))
+    console = Console(highlight=False)
+    console.print(generation_table(document["timings"]))
+    console.print(f"\n{path}", style="dim", soft_wrap=True)
 
 
 def _texts(

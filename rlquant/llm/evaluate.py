@@ -7,9 +7,7 @@ through as well.
 
 from __future__ import annotations
 
-import copy
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,20 +15,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rlquant.errors import InputError
 from rlquant.llm.data import Pair
 from rlquant.llm.load import DTYPES
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.preferences import preference_accuracy
-from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.settings import LanguageSettings
 from rlquant.llm.speed import Generation, time_generation
 from rlquant.llm.text import Windows, compare_windows, window_losses
+from rlquant.llm.versions import accelerate_, at_precision
 from rlquant.measure import Agreement, Measurement, Retention, Score, Size, compare, plain
 from rlquant.quant import weight_bytes
 from rlquant.runs import RunFolder
 
-__all__ = ["LanguageEvaluation", "Texts", "subject"]
+__all__ = ["LanguageEvaluation", "Texts", "generation_json", "subject"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -100,11 +97,18 @@ class LanguageEvaluation:
     def _measured(self, row: _Row) -> _Row:
         kept = self.folder.piece(row.name)
         if kept is None:
-            lm = self._at(row)
-            size = weight_bytes(lm.model)
-            runtime = self._accelerate(lm)
             windows = self.texts.windows
             wanted = len(windows.tokens)
+            self.progress(row.name, 0, wanted)
+            lm = at_precision(
+                self.lm,
+                row.precision,
+                row.method,
+                calibration=self.texts.calibration,
+                store=_Blocks(self.folder, row.name),
+            )
+            size = weight_bytes(lm.model)
+            runtime = accelerate_(lm, self.settings.reference)
             losses = window_losses(
                 lm, windows, cache=self._cache(lm), done=lambda done: self.progress(row.name, done, wanted)
             )
@@ -113,34 +117,6 @@ class LanguageEvaluation:
             self.folder.save_piece(row.name, kept)
         row.losses, row.profile = kept["losses"], kept["profile"]
         return row
-
-    def _at(self, row: _Row) -> LanguageModel:
-        """The model at the row's precision; the reference itself stays as it is."""
-        if row.precision == self.lm.precision:
-            return self.lm
-        own = self.lm.but(model=copy.deepcopy(self.lm.model))
-        if row.precision in DTYPES:
-            own.model.to(DTYPES[row.precision])
-            return own.but(precision=row.precision)
-        self.progress(row.name, 0, len(self.texts.windows.tokens))
-        return quantize_model_(
-            own,
-            Plan.parse(row.precision, row.method),
-            calibration=self.texts.calibration,
-            store=_Blocks(self.folder, row.name),
-        )
-
-    def _accelerate(self, lm: LanguageModel) -> str:
-        """What computes: kernels that read the packed weights where there are any, else torch."""
-        if lm is self.lm or lm.precision in DTYPES or lm.device.type != "cuda":
-            return "torch"
-        from rlquant.llm.bitsandbytes import to_bitsandbytes_
-
-        try:
-            return "bitsandbytes" if to_bitsandbytes_(lm.model, DTYPES[self.settings.reference]) else "torch"
-        except InputError as error:
-            sys.stderr.write(f"rlquant: {error}; until then torch computes with dequantized weights\n")
-            return "torch"
 
     def _cache(self, lm: LanguageModel) -> Callable[[], Any] | None:
         scheme = self.settings.cache
@@ -170,7 +146,7 @@ class LanguageEvaluation:
         ]
         language: dict[str, Any] = {
             "agreement": None if agreement is None else asdict(agreement),
-            "generation": [_generation_json(each) for each in generation],
+            "generation": [generation_json(each) for each in generation],
             "preferences": None,
         }
         if self.texts.pairs:
@@ -218,7 +194,8 @@ class _Blocks:
         self.folder.save_tensors(f"{self.row}-{name}", tensors)
 
 
-def _generation_json(generation: Generation) -> dict[str, Any]:
+def generation_json(generation: Generation) -> dict[str, Any]:
+    """Plain JSON."""
     return {**asdict(generation), "step": asdict(generation.step)}
 
 

@@ -2,7 +2,7 @@
 
 from rlquant.report.bench import bench_lines, bench_table
 from rlquant.report.html import render_report
-from rlquant.report.language import language_table
+from rlquant.report.language import generation_table, language_table
 from rlquant.report.realtime import realtime_sentences, realtime_table
 from rlquant.report.table import terminal_table, verdict_lines
 from rlquant.report.tuning import front_table, sensitivity_table
@@ -11,6 +11,7 @@ __all__ = [
     "bench_lines",
     "bench_table",
     "front_table",
+    "generation_table",
     "language_table",
     "realtime_sentences",
     "realtime_table",

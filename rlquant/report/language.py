@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlquant.report.plain import plain_table
+from rlquant.report.plain import note_simulated, plain_table
 from rlquant.report.wording import UNDEFINED, bytes_text, number_text, percent_text, row_labels
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["generation_entries", "language_rows", "language_table"]
+__all__ = ["generation_entries", "generation_table", "language_rows", "language_table"]
 
 
 def language_rows(document: dict[str, Any]) -> list[dict[str, str]]:
@@ -52,6 +53,42 @@ def language_table(document: dict[str, Any]) -> Table | None:
     for row in rows:
         cells = [row["label"], row["perplexity"], row["change"], row["kl"], row["top1"]]
         table.add_row(*cells, *([row["preferred"]] if preferred else []))
+    return table
+
+
+def generation_table(timings: Sequence[dict[str, Any]]) -> Table:
+    """One line per precision and batch size, of the timings of ``bench.json``; faster than the first at that batch."""
+    table = plain_table()
+    headers = (
+        "precision",
+        "runtime",
+        "weights",
+        "batch",
+        "first ms",
+        "step ms",
+        "tokens/s",
+        "faster",
+        "peak",
+    )
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number < 2 else "right", overflow="fold")
+    first: dict[int, float] = {}
+    for timed in timings:
+        base = first.setdefault(timed["batch"], timed["tokens_per_second"])
+        mark = "~" if timed["step"]["simulated"] else ""
+        table.add_row(
+            timed["precision"],
+            timed["runtime"],
+            bytes_text(timed["weights"]),
+            str(timed["batch"]),
+            number_text(timed["first_token_ms"]),
+            f"{mark}{number_text(timed['step']['p50'] / 1e3)}",
+            number_text(timed["tokens_per_second"]),
+            f"{timed['tokens_per_second'] / base:.1f}x",
+            bytes_text(timed["peak_bytes"]),
+        )
+    if any(timed["step"]["simulated"] for timed in timings):
+        note_simulated(table)
     return table
 
 

@@ -142,6 +142,8 @@ def test_options_of_the_other_kind_are_refused(rlquant: Run, tmp_path: Path) -> 
     done = rlquant("evaluate", "ppo-cartpole", "--window", 64, "--out", tmp_path)
     assert done.status == 2
     assert "--window means nothing for ppo-cartpole, which is a control policy" in done.err
+    done = rlquant("bench", "ppo-cartpole", "--device", "cpu", "--out", tmp_path)
+    assert "--device means nothing" in done.err
     done = rlquant("quantize", "ppo-cartpole", "--scheme", "int8", "--dtype", "fp32", "--out", tmp_path)
     assert "--dtype means nothing" in done.err
 
@@ -192,3 +194,29 @@ def test_pickled_weights_need_trust(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         load(str(tmp_path), dtype="fp32")
     assert load(str(tmp_path), dtype="fp32", trust=True).parameters == tiny.model().num_parameters()
+
+
+def test_bench_a_model(rlquant: Run, folder: Path, tmp_path: Path) -> None:
+    options = (
+        "--precisions",
+        "fp32,int8,int4-g32",
+        "--generate",
+        "1,4",
+        "--prompt-tokens",
+        16,
+        "--new-tokens",
+        6,
+    )
+    done = rlquant("bench", folder, *options, "--out", tmp_path)
+    assert done.status == 0, done.err
+    document = json.loads((tmp_path / "bench.json").read_text())
+    timings = document["timings"]
+    assert [(each["precision"], each["batch"]) for each in timings] == [
+        (name, batch) for name in ("fp32", "int8", "int4-g32") for batch in (1, 4)
+    ]
+    assert all(each["step"]["calls"] == 5 and each["tokens_per_second"] > 0 for each in timings)
+    assert [each["step"]["simulated"] for each in timings] == [False] * 2 + [True] * 4
+    assert timings[0]["weights"] > timings[2]["weights"] > timings[4]["weights"]
+    done = rlquant("bench", folder, "--calls", 500, "--out", tmp_path)
+    assert done.status == 2
+    assert "--calls means nothing for" in done.err
