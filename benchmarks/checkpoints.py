@@ -77,6 +77,17 @@ MADE: tuple[dict[str, Any], ...] = (
 )
 
 NOTES = """
+The peers' Pythons (GPTQModel 7.7 asks for torch 2.14.1, and works on 2.13):
+
+    pip install torch==2.13.0 transformers==5.23.0 accelerate compressed-tensors==0.20.0 datasets torchao \\
+        defuser device-smi logbar pypcre threadpoolctl
+    pip install --no-deps gptqmodel==7.7.0 tokenicer==0.0.14 optimum==2.3.0
+
+    # Python 3.10
+    pip install torch==2.2.2 "numpy<2" transformers==4.38.2 accelerate==0.28.0 peft==0.9.0 datasets sentencepiece \\
+        rouge gekko
+    pip install --no-deps auto-gptq==0.7.1
+
 - GPTQModel's kernels round dense weights and biases to float16; done here, its logits are met. AutoGPTQ in fp32 rounds
   nothing. Its own `GPTQModel.load` takes 16 bits alone and computes in them.
 - compressed-tensors 0.18 to 0.20 make a meta module whose zero points are unpacked, so no asymmetric `pack-quantized`
@@ -101,7 +112,8 @@ class Peer:
     def run(self, *arguments: str) -> dict[str, Any]:
         """Run ``checkpoints_peer.py`` and return its last line; its last error line where it fails."""
         command = [self.python, str(HERE / "checkpoints_peer.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryDirectory() as work:  # GPTQModel leaves logs where it runs
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
         if done.returncode:
             return {"error": done.stderr.strip().splitlines()[-1]}
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -211,14 +223,15 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {figures} | {top:.1%} |")
     versions: dict[str, dict[str, str]] = {}
     for row in rows:
-        versions.setdefault(row["reader"], row.get("versions", {}))
+        reader = "GPTQModel, as a maker" if row["reader"] == "rlquant" else row["reader"]
+        versions.setdefault(reader, row.get("versions", {}))
     lines.append("")
-    for reader, found in versions.items():
-        if found:
-            lines.append(
-                f"{reader}: " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".\n"
-            )
-    return "\n".join(lines)
+    lines += [
+        f"{reader}: {', '.join(f'{name} {version}' for name, version in used.items())}.\n"
+        for reader, used in versions.items()
+        if used
+    ]
+    return "\n".join(lines) + NOTES
 
 
 def main() -> None:
@@ -266,7 +279,7 @@ def main() -> None:
         "machine": machine_info()["processor"],
     }
     (options.out / "checkpoints.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (options.out / "checkpoints.md").write_text(table(rows, about) + "\n")
+    (options.out / "checkpoints.md").write_text(table(rows, about))
 
 
 if __name__ == "__main__":

@@ -650,20 +650,19 @@ def test_command_exports_an_artifact(tmp_path: Path) -> None:
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def peer(variable: str, *arguments: object) -> None:
-    """Run the peer script in another Python, or skip."""
+def peer(variable: str, work: Path, *arguments: object) -> None:
+    """Run the peer script in another Python, or skip; it may leave files in the folder ``work``."""
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"{variable} names no Python that has the library")
-    done = subprocess.run(
-        [python, str(PEER), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    command = [python, str(PEER), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def peer_logits(variable: str, reader: str, folder: Path, work: Path) -> Tensor:
     np.save(work / "ids.npy", tokens()[0].numpy())
-    peer(variable, "read", reader, folder, "fp32", work / "ids.npy", work / "logits.npy")
+    peer(variable, work, "read", reader, folder, "fp32", work / "ids.npy", work / "logits.npy")
     return torch.from_numpy(np.load(work / "logits.npy"))[None]
 
 
@@ -709,7 +708,7 @@ def test_what_gptqmodel_writes_is_read(extra: dict, tmp_path: Path) -> None:
     source = tiny.saved(tmp_path / "float")
     (tmp_path / "texts.json").write_text(json.dumps([tiny.TEXT[k * 300 : k * 300 + 300] for k in range(24)]))
     made = json.dumps({"bits": 4, "group_size": 32, **extra})
-    peer(variable, "make", source, tmp_path / "made", made, tmp_path / "texts.json")
+    peer(variable, tmp_path, "make", source, tmp_path / "made", made, tmp_path / "texts.json")
     theirs = peer_logits(variable, "transformers", tmp_path / "made", tmp_path)
     here = read_checkpoint(tmp_path / "made", dtype="fp32")
     torch.testing.assert_close(theirs, logits(in_half(here)), rtol=0, atol=1e-4)
