@@ -91,7 +91,7 @@ The peers' Pythons (GPTQModel 7.7 asks for torch 2.14.1, and works on 2.13):
 - GPTQModel's kernels round dense weights and biases to float16; done here, its logits are met. AutoGPTQ in fp32 rounds
   nothing. Its own `GPTQModel.load` takes 16 bits alone and computes in them.
 - compressed-tensors 0.18.0, 0.19.0 and 0.20.0 make a meta module whose zero points are unpacked, so transformers loads
-  no asymmetric `pack-quantized` checkpoint, one that 0.20.0 wrote itself included; 0.15.0.1 and 0.17.1 read ours exactly.
+  no asymmetric `pack-quantized` checkpoint, one that 0.20.0 wrote included; 0.15.0.1 and 0.17.1 read ours exactly.
 - w8a8: activations are divided by their scale there and multiplied by its inverse here, so a value halfway between two
   codes may take the other one (5 of 1.2 million random ones did). Layers before the first such value agree to the bit:
   all of the tiny test model at w8a8, 24 linear layers of SmolLM2. What follows amplifies it where round-to-nearest w8a8
