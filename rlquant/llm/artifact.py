@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def save_artifact(lm: LanguageModel, folder: str | Path, *, dtype: str) -> int:
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{folder} cannot be written to: {error.strerror or error}") from None
     document = {
         "schema": SCHEMA,
@@ -98,6 +100,8 @@ def load_artifact(folder: Path, *, device: str = "cpu") -> LanguageModel:
         raise InputError(
             f"{folder} does not fit its own config.json: {(lost or unexpected)[0]} is missing or too many"
         )
+    with suppress(OSError):  # there is none
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
     made_from = document["made_from"]
     return LanguageModel(
         model.eval().to(device),

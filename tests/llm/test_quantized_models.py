@@ -160,6 +160,19 @@ def test_damaged_artifacts_are_refused(change: Any, message: str, tmp_path: Path
         load_artifact(tmp_path)
 
 
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        save_artifact(quantize_model_(fresh(), Plan.parse("int8")), tmp_path / "file", dtype="fp32")
+
+
+def test_how_it_generates_is_kept(tmp_path: Path) -> None:
+    lm = quantize_model_(fresh(), Plan.parse("int8"))
+    lm.model.generation_config.max_new_tokens = 7
+    save_artifact(lm, tmp_path, dtype="fp32")
+    assert load(str(tmp_path)).model.generation_config.max_new_tokens == 7
+
+
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     save_artifact(quantize_model_(fresh(), Plan.parse("int8")), tmp_path, dtype="fp32")
     path = tmp_path / "model.safetensors"
