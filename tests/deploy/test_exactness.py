@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from random_programs import memories, observations
 from shipped import SHIPPED, compiled
 
@@ -70,6 +71,21 @@ def onnx(program: Program, folder: Path) -> Outputs:
     return run
 
 
+def cuda(program: Program, folder: Path) -> Outputs:
+    """On a GPU, or in Triton's interpreter where there is none."""
+    pytest.importorskip("triton")
+    from rlquant.deploy.cuda import CudaRuntime
+
+    runtime = CudaRuntime(program, device="cuda" if torch.cuda.is_available() else "cpu", cache=folder)
+
+    def run(x: dict[str, np.ndarray], states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(all="ignore"):
+            actions = runtime.act_batch(shown(x), states=states.copy())
+            return runtime.outputs(shown(x), states), actions
+
+    return run
+
+
 def exported(program: Program, folder: Path) -> Outputs:
     """The C files, as another program would link them; memory lasts from call to call, so it starts at zeros."""
     if shutil.which("gcc") is None:
@@ -96,7 +112,7 @@ def exported(program: Program, folder: Path) -> Outputs:
     return run
 
 
-@pytest.mark.parametrize("runtime", [native, onnx, exported], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("runtime", [native, onnx, exported, cuda], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("source", [*SHIPPED, *OTHERS], ids=lambda source: "-".join(Path(source).parts[-2:]))
 def test_ten_thousand_observations(
@@ -105,9 +121,10 @@ def test_ten_thousand_observations(
     program = programmed(source, scheme)
     assert program.is_integer
     run = runtime(program, tmp_path)
-    for seed in range(CHUNKS):
-        x = observations(program, CHUNK, seed)
-        states = memories(program, CHUNK, seed) * (runtime is not exported)
+    rows, chunks = _count(source, runtime)
+    for seed in range(chunks):
+        x = observations(program, rows, seed)
+        states = memories(program, rows, seed) * (runtime is not exported)
         after = states.copy()
         with np.errstate(all="ignore"):
             expected = reference.run(program, x, after)
@@ -116,3 +133,10 @@ def test_ten_thousand_observations(
         np.testing.assert_array_equal(actions, program.head(expected))
         if runtime is not exported:
             np.testing.assert_array_equal(states.view(np.int32), after.view(np.int32))
+
+
+def _count(source: str, runtime: Callable[[Program, Path], Outputs]) -> tuple[int, int]:
+    """Observations of a chunk, and chunks; fewer in Triton's interpreter, which is slow."""
+    if runtime is not cuda or torch.cuda.is_available():
+        return CHUNK, CHUNKS
+    return (64 if source == "cnn-catch" else 256), 1
