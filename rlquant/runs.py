@@ -18,7 +18,7 @@ from typing import Any
 
 from rlquant.errors import InputError
 
-__all__ = ["RunFolder", "machine_info", "package_versions", "write_atomic", "write_files"]
+__all__ = ["RunFolder", "file_hash", "machine_info", "package_versions", "write_atomic", "write_files"]
 
 _PACKAGES = ("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D")
 
@@ -40,6 +40,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def file_hash(*paths: Path) -> str:
+    """SHA-256 of files one after the other, in hexadecimal; large ones are never held in memory.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(2**22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def write_files(folder: str | Path, files: Mapping[str, str | bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rlquant import catalog
 
-__all__ = ["Kind", "source_kind"]
+__all__ = ["Kind", "is_hub_id", "source_kind"]
 
 Kind = Literal["control", "language"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -29,8 +29,12 @@ def source_kind(source: str) -> Kind:
         return "language" if _is_model_folder(path) else "control"
     if path.exists() or path.suffix == ".zip":
         return "language" if path.suffix == ".gguf" else "control"
-    hub = _HUB_ID.fullmatch(source) and not path.parent.is_dir()
-    return "language" if hub else "control"
+    return "language" if is_hub_id(source) and not path.parent.is_dir() else "control"
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text is of the form ``owner/name`` or ``owner/name@revision``."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def _is_model_folder(path: Path) -> bool:

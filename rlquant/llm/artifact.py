@@ -6,26 +6,23 @@ one is noticed. Nothing in it is code.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlquant.errors import InputError
-from rlquant.llm.load import ARTIFACT, DTYPES, read_config, tokenizer_of, transformers_module
+from rlquant.llm.folders import WEIGHTS, empty_model, folder_bytes, remake_buffers, write_model
+from rlquant.llm.load import ARTIFACT, read_config, tokenizer_of
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, prepare_
 from rlquant.quant import QuantEmbedding
-from rlquant.runs import write_atomic
+from rlquant.runs import file_hash, write_atomic
 
 __all__ = ["SCHEMA", "load_artifact", "save_artifact"]
 
 SCHEMA = "rlquant.lm/1"
-_WEIGHTS = "model.safetensors"
 
 
 def save_artifact(lm: LanguageModel, folder: str | Path, *, dtype: str) -> int:
@@ -39,33 +36,19 @@ def save_artifact(lm: LanguageModel, folder: str | Path, *, dtype: str) -> int:
     Raises:
         InputError: the folder cannot be written to.
     """
-    from safetensors.torch import save_file
-
     path = Path(folder)
-    temporary = path / f".{_WEIGHTS}.{os.getpid()}.tmp"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ARTIFACT).unlink(missing_ok=True)
-        save_file(_tensors(lm.model), temporary, {"format": "pt"})
-        temporary.replace(path / _WEIGHTS)
-        lm.model.config.save_pretrained(path)
-        lm.model.generation_config.save_pretrained(path)
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{folder} cannot be written to: {error.strerror or error}") from None
+    write_model(lm, path, _tensors(lm.model), mark=ARTIFACT)
+    write_atomic(path / "config.json", lm.model.config.to_json_string())
     document = {
         "schema": SCHEMA,
         "precision": lm.precision,
         "method": lm.method,
         "dtype": dtype,
         "made_from": {"source": lm.source, "sha256": lm.sha256},
-        "sha256": _digest(path / _WEIGHTS),
+        "sha256": file_hash(path / WEIGHTS),
     }
     write_atomic(path / ARTIFACT, json.dumps(document, indent=1))
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return folder_bytes(path)
 
 
 def load_artifact(folder: Path, *, device: str = "cpu") -> LanguageModel:
@@ -75,33 +58,29 @@ def load_artifact(folder: Path, *, device: str = "cpu") -> LanguageModel:
         InputError: it is incomplete, damaged, or of another schema.
     """
     document = _document(folder)
-    digest = _digest(folder / _WEIGHTS)
-    if digest != document["sha256"]:
+    if file_hash(folder / WEIGHTS) != document["sha256"]:
         raise InputError(
-            f"{folder / _WEIGHTS} does not match its hash in {ARTIFACT}: it was damaged or swapped"
+            f"{folder / WEIGHTS} does not match its hash in {ARTIFACT}: it was damaged or swapped"
         )
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     read_config(folder)
-    transformers = transformers_module()
-    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    model = empty_model(folder, document["dtype"])
     try:
-        # Buffers that are in no state dict (rotary frequencies) are made by the constructor, so it is no meta device.
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[document["dtype"]])
         prepare_(model, Plan.parse(document["precision"], document["method"]))
-        missing, unexpected = model.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
+        tensors = load_file(folder / WEIGHTS)
+        unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(model.get_input_embeddings(), QuantEmbedding):  # which is tied already
         model.tie_weights()
-    lost = [name for name in missing if not name.startswith("lm_head")]
-    if lost or unexpected:
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or unexpected:
         raise InputError(
-            f"{folder} does not fit its own config.json: {(lost or unexpected)[0]} is missing or too many"
+            f"{folder} does not fit its own config.json: {(missing or unexpected)[0]} is missing or too many"
         )
-    with suppress(OSError):  # there is none
-        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    remake_buffers(model)
     made_from = document["made_from"]
     return LanguageModel(
         model.eval().to(device),
@@ -121,7 +100,7 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
         if tensor.data_ptr() in seen and tensor.numel():
             continue
         seen.add(tensor.data_ptr())
-        tensors[name] = tensor.detach().to("cpu").contiguous()
+        tensors[name] = tensor
     return tensors
 
 
@@ -140,23 +119,3 @@ def _document(folder: Path) -> dict[str, Any]:
         if not isinstance(document.get(key), kind):
             raise InputError(f"{folder / ARTIFACT} is damaged: {key} is {document.get(key)!r}")
     return dict(document)
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _slow(file)
-            )
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _slow(file: Any) -> str:
-    """For Python 3.10."""
-    digest = hashlib.sha256()
-    while chunk := file.read(2**22):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -5,9 +5,7 @@ Nothing of a model's own code is run, and pickled weights are refused, unless th
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -17,12 +15,13 @@ import torch
 
 from rlquant.errors import InputError, missing_package, unknown_name
 from rlquant.llm.model import LanguageModel
+from rlquant.runs import file_hash
+from rlquant.sources import is_hub_id
 
 __all__ = ["ARTIFACT", "DTYPES", "load", "read_config", "tokenizer_of", "transformers_module"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARTIFACT = "rlquant.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _READERS = ("gptq", "awq", "compressed-tensors")
 
 
@@ -60,7 +59,7 @@ def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool =
     if quantized is not None:
         return _from_checkpoint(path, quantized, dtype, device)
     model = _pretrained(str(path), dtype, trust)
-    return LanguageModel(model.to(device), tokenizer_of(str(path)), source, dtype, sha256=_hash(path))
+    return LanguageModel(model.to(device), tokenizer_of(str(path)), source, dtype, sha256=_weights_hash(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def tokenizer_of(name: str, **options: Any) -> Any:
 
 
 def _from_hub(source: str, dtype: str, device: str, trust: bool) -> LanguageModel:
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise InputError(f"{source} is no file or folder, and no Hub id such as Qwen/Qwen2.5-0.5B either")
     name, _, revision = source.partition("@")
     options = {"revision": revision} if revision else {}
@@ -150,7 +149,7 @@ def _from_gguf(path: Path, dtype: str, device: str) -> LanguageModel:
     model.model.rotary_emb = loaded.model.rotary_emb  # its buffers are in no state dict
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_hash(path)
     return LanguageModel(
         model.eval().to(device), tokenizer_of(folder, **name), str(path), dtype, sha256=digest
     )
@@ -165,13 +164,8 @@ def _from_checkpoint(path: Path, quantized: dict[str, Any], dtype: str, device: 
         )
     from rlquant.llm.checkpoints import read_checkpoint
 
-    return read_checkpoint(path, dtype=dtype, device=device).but(sha256=_hash(path))
+    return read_checkpoint(path, dtype=dtype, device=device).but(sha256=_weights_hash(path))
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**22):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _weights_hash(folder: Path) -> str:
+    return file_hash(*sorted(folder.glob("*.safetensors")))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rlquant.errors import InputError, unknown_name
 from rlquant.llm.checkpoints.formats import FORMATS
 from rlquant.llm.checkpoints.shards import LayerTensors, Shards
-from rlquant.llm.load import DTYPES, read_config, tokenizer_of, transformers_module
+from rlquant.llm.folders import empty_model, remake_buffers
+from rlquant.llm.load import DTYPES, read_config, tokenizer_of
 from rlquant.llm.model import LanguageModel, decoder_of
 from rlquant.llm.quantize import Plan
 from rlquant.quant import QuantLinear, Scheme
@@ -38,7 +39,7 @@ def read_checkpoint(path: str | Path, *, dtype: str = "bf16", device: str = "cpu
     if method not in FORMATS:
         raise unknown_name("checkpoint format", method, FORMATS)
     layout, shards = FORMATS[method], Shards(folder)
-    model = _empty_model(folder, dtype)
+    model = empty_model(folder, dtype)
     schemes: dict[str, Scheme] = {}
     for name, linear in list(model.named_modules()):
         tensors = LayerTensors(shards, name)
@@ -54,7 +55,7 @@ def read_checkpoint(path: str | Path, *, dtype: str = "bf16", device: str = "cpu
     if not schemes:
         raise InputError(f"{folder} holds no {layout.mark}, so nothing in it is quantized as {method}")
     _load_floats(model, shards, DTYPES[dtype])
-    _remake_buffers(model)
+    remake_buffers(model)
     return LanguageModel(
         model.eval().to(device), tokenizer_of(str(folder)), str(path), _plan(model, schemes).name, method
     )
@@ -74,22 +75,6 @@ def _quantization_config(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} has no quantization_config: it is no quantized checkpoint"
         )
     return config
-
-
-def _empty_model(folder: Path, dtype: str) -> Any:
-    """The float model without any weights."""
-    transformers = transformers_module()
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # it would be saved with whatever becomes of the model
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-        if (folder / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} names no model that can be made: {str(error).splitlines()[0]}") from None
-    return model
 
 
 def _bias(linear: nn.Linear, tensors: LayerTensors, dtype: torch.dtype) -> Tensor | None:
@@ -120,13 +105,6 @@ def _load_floats(model: Any, shards: Shards, dtype: torch.dtype) -> None:
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise InputError(f"{shards.folder} is incomplete: the tensor {missing[0]} is missing")
-
-
-def _remake_buffers(model: Any) -> None:
-    """Buffers that no checkpoint holds, rotary frequencies, come from the constructor of their module."""
-    for name, part in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
-            model.set_submodule(name, type(part)(model.config))
 
 
 def _plan(model: Any, schemes: dict[str, Scheme]) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from rlquant.errors import InputError, unknown_name
 from rlquant.llm.checkpoints.affine_linear import AffineLinear
 from rlquant.llm.checkpoints.formats import FORMATS
 from rlquant.llm.checkpoints.permuted import PermutedLinear
+from rlquant.llm.folders import folder_bytes, write_model
 from rlquant.llm.model import LanguageModel, decoder_of
 from rlquant.quant import QuantizedLayer, QuantLinear
 from rlquant.runs import write_atomic
 
 __all__ = ["write_checkpoint"]
-
-_WEIGHTS = "model.safetensors"
 
 
 def write_checkpoint(lm: LanguageModel, folder: str | Path, form: str) -> int:
@@ -52,7 +50,11 @@ def write_checkpoint(lm: LanguageModel, folder: str | Path, form: str) -> int:
         if layer.bias is not None:
             parts["bias"] = layer.bias
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    return _write(lm, Path(folder), tensors, _files(lm.model, config))
+    path = Path(folder)
+    write_model(lm, path, tensors, mark="config.json")
+    for name, content in _files(lm.model, config).items():
+        write_atomic(path / name, content)
+    return folder_bytes(path)
 
 
 def _quantized(model: Any) -> dict[str, QuantLinear]:
@@ -115,27 +117,3 @@ def _files(model: Any, config: dict[str, Any]) -> dict[str, str]:
     if config["quant_method"] == "gptq":
         files = {"quantize_config.json": json.dumps(config, indent=2), **files}
     return files
-
-
-def _write(lm: LanguageModel, folder: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> int:
-    from safetensors.torch import save_file
-
-    temporary = folder / f".{_WEIGHTS}.{os.getpid()}.tmp"
-    held = {name: each.detach().to("cpu").contiguous() for name, each in tensors.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        save_file(held, temporary, {"format": "pt"})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(folder / _WEIGHTS)
-        lm.model.generation_config.save_pretrained(folder)
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        if folder.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{folder} cannot be written to: {error.strerror or error}") from None
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
