@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -113,7 +114,7 @@ def run_evaluate_language(options: LanguageOptions) -> None:
     texts, read = _texts(lm, settings, options)
     about = {**settings.to_json(), **read, "protocol": texts.windows.protocol}
     versions = package_versions()
-    determined = {"subject": subject(lm), "settings": about, "versions": versions}
+    determined = {"subject": subject(lm), "settings": about, "texts": texts.sha256, "versions": versions}
     folder = RunFolder(options.out or _default_folder(options.source), determined)
     with progress_bar("windows") as progress:
         measured = LanguageEvaluation(lm, settings, texts, folder=folder, progress=progress).run()
@@ -159,9 +160,7 @@ def run_quantize_language(options: LanguageQuantizeOptions) -> None:
     settings = {
         "subject": subject(lm),
         "plan": [plan.name, plan.method, options.dtype],
-        "calibration": None
-        if tokens is None
-        else tokens.numpy().tobytes().hex()[:4096] + str(tuple(tokens.shape)),
+        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
     before = weight_bytes(lm.model)
     work = RunFolder(options.out, settings)

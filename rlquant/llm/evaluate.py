@@ -7,6 +7,7 @@ through as well.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,15 @@ class Texts:
     windows: Windows
     calibration: Tensor | None = None
     pairs: Sequence[Pair] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of all of it, in hexadecimal: files of one name may hold different texts."""
+        digest = hashlib.sha256(self.windows.tokens.tobytes())
+        if self.calibration is not None:
+            digest.update(self.calibration.numpy().tobytes())
+        digest.update(repr([asdict(pair) for pair in self.pairs]).encode())
+        return digest.hexdigest()
 
 
 @dataclass

@@ -77,6 +77,16 @@ def test_evaluate_a_model(rlquant: Run, folder: Path, text: Path, tmp_path: Path
     assert resumed["rows"] == document["rows"]
 
 
+def test_another_text_of_the_same_name_is_read_anew(rlquant: Run, folder: Path, tmp_path: Path) -> None:
+    text, scores = tmp_path / "text.txt", []
+    for content in (tiny.TEXT, tiny.TEXT[9000:]):
+        text.write_text(content)
+        options = ("--text", text, "--window", 64, "--windows", 4, "--precisions", "fp32")
+        assert rlquant("evaluate", folder, *options, "--out", tmp_path / "run").status == 0
+        scores.append(json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]["score"])
+    assert scores[0] != scores[1]
+
+
 def test_a_quantized_cache_is_read_through(rlquant: Run, folder: Path, text: Path, tmp_path: Path) -> None:
     from rlquant.llm.kv_cache import QuantizedCache
 
