@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlquant.errors import InputError
 from rlquant.llm.model import decoder_of
+from rlquant.quant import device_of
 
 __all__ = ["BlockStream", "OneBlock"]
 
@@ -32,7 +33,7 @@ class OneBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's output."""
-        device = next(iter(self.block.state_dict().values())).device
+        device = device_of(self.block)
         out = self.block(hidden.to(device), **_moved(self._arguments[len(hidden)], device))
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -72,7 +73,7 @@ class BlockStream:
         """
         layers = decoder_of(self.model).layers
         for index in range(len(layers)):
-            home = next(iter(layers[index].state_dict().values())).device
+            home = device_of(layers[index])
             one = OneBlock(layers[index].to(self.device), self._arguments)
             yield index, one
             self._pass(one)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rlquant.errors import InputError
-from rlquant.quant import Link
+from rlquant.quant import Link, device_of
 
 __all__ = ["LanguageModel", "block_links", "decoder_blocks", "decoder_of"]
 
@@ -43,7 +43,7 @@ class LanguageModel:
     @property
     def device(self) -> Any:
         """Where its inputs belong."""
-        return next(iter(self.model.state_dict().values())).device
+        return device_of(self.model)
 
     @property
     def vocabulary(self) -> int:

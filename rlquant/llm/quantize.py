@@ -18,6 +18,7 @@ from rlquant.quant import (
     QuantizedWeight,
     QuantLinear,
     Scheme,
+    device_of,
     get_method,
     prepare_empty_,
     quantize_,
@@ -208,7 +209,7 @@ def _blocks(
         return
     layers = decoder_of(lm.model).layers
     for index in range(len(layers)):
-        home = next(iter(layers[index].state_dict().values())).device
+        home = device_of(layers[index])
         one = OneBlock(layers[index].to(device), {})
         yield index, _Turn(one, [])
         layers[index] = one.block.to(home)
@@ -234,7 +235,7 @@ def _quantize_block(turn: _Turn, plan: Plan, index: int, calibration: Tensor | N
 
 
 def _restore_block(one: OneBlock, plan: Plan, index: int, tensors: dict[str, Tensor]) -> None:
-    device = next(iter(one.block.state_dict().values())).device
+    device = device_of(one.block)
     prepare_empty_(one, plan.scheme, schemes=plan.of_block(index))
     one.block.load_state_dict(tensors)
     one.block.to(device)

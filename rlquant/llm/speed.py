@@ -71,19 +71,20 @@ def _generate(lm: LanguageModel, ids: Tensor, tokens: int, cache: Callable[[], A
     """Nanoseconds of each step, int64 ``[tokens]``; the first reads the prompts."""
     from transformers import DynamicCache
 
+    device = lm.device
     past = DynamicCache(config=lm.model.config) if cache is None else cache()
     times = np.empty(tokens, np.int64)
     for step in range(tokens):
-        _finish(lm)
+        _finish(device)
         start = time.perf_counter_ns()
         with torch.no_grad():
             logits = lm.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(dim=-1, keepdim=True)
-        _finish(lm)
+        _finish(device)
         times[step] = time.perf_counter_ns() - start
     return times
 
 
-def _finish(lm: LanguageModel) -> None:
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

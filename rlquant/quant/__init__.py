@@ -15,7 +15,7 @@ from rlquant.quant.embedding import QuantEmbedding
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
 from rlquant.quant.kinds import empty_layer
-from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear, device_of
 from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
 from rlquant.quant.mixed import MixedScheme
@@ -63,6 +63,7 @@ __all__ = [
     "center_head_",
     "convert_",
     "dequantize",
+    "device_of",
     "empty_layer",
     "fake_quantize",
     "find_links",

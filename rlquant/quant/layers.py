@@ -7,6 +7,7 @@ what an integer runtime of the same numbers computes, up to float rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from rlquant.quant.packed_linear import linear_of_packed
 from rlquant.quant.scheme import Scheme
 from rlquant.quant.tensor import QuantizedWeight
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer"]
+__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer", "device_of"]
 
 
 _OPTIONAL = ("input_scale", "outlier_index", "outlier_weight")
@@ -110,7 +111,7 @@ class _OneWeight(QuantizedLayer):
             if saved is not None and (
                 current is None or (name in _OPTIONAL and current.shape != saved.shape)
             ):
-                setattr(self, name, torch.zeros_like(saved, device=_device(self.packed)))
+                setattr(self, name, torch.zeros_like(saved, device=device_of(self.packed)))
             elif saved is None and name in _OPTIONAL:
                 setattr(self, name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -175,6 +176,6 @@ class QuantConv2d(_OneWeight):
         )
 
 
-def _device(module: nn.Module) -> torch.device:
-    first: Tensor = next(iter(module.state_dict().values()))
-    return first.device
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module that holds anything is: the device of its first parameter, or else of its first buffer."""
+    return next(chain(module.parameters(), module.buffers())).device
