@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rlquant.llm.checkpoints import write_checkpoint
+from rlquant.llm.data import read_text
 from rlquant.llm.load import load
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
-from rlquant.llm.text import read_text
 from rlquant.quant import QuantLinear
 from rlquant.runs import machine_info
 

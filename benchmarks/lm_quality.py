@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from rlquant.llm.calibration import calibration_windows
+from rlquant.llm.data import read_text
 from rlquant.llm.kv_cache import QuantizedCache
 from rlquant.llm.load import DTYPES, load
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
-from rlquant.llm.text import Windows, compare_windows, read_text, window_losses
+from rlquant.llm.text import Windows, compare_windows, window_losses
 from rlquant.quant import size_table, weight_bytes
 from rlquant.runs import machine_info
 

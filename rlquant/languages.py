@@ -242,10 +242,10 @@ def _texts(
 ) -> tuple[Texts, dict[str, str]]:
     """What is read, and in words what that is."""
     from rlquant.llm.calibration import calibration_windows, windows_of
-    from rlquant.llm.data import read_pairs
+    from rlquant.llm.data import read_pairs, read_text
     from rlquant.llm.evaluate import Texts
     from rlquant.llm.quantize import Plan
-    from rlquant.llm.text import Windows, read_text
+    from rlquant.llm.text import Windows
 
     if options.text is None:
         raise InputError(

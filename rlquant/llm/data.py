@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from rlquant.errors import InputError, missing_package
 
-__all__ = ["Pair", "as_text", "read_pairs", "read_rows", "read_texts"]
+__all__ = ["Pair", "as_text", "read_pairs", "read_rows", "read_text", "read_texts"]
 
 Messages = list[dict[str, str]]
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -76,8 +77,13 @@ def read_texts(path: str | Path) -> list[str | Messages]:
     if Path(path).name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet")):
         rows = read_rows(path)
         return [_shown(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    return [read_text(path)]
+
+
+def read_text(path: str | Path) -> str:
+    """A text file, which may be compressed with gzip. Raises InputError where it cannot be read or is no text."""
     try:
-        return [_content(Path(path)).decode("utf-8")]
+        return TextIOWrapper(BytesIO(_content(Path(path))), encoding="utf-8").read()
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text in UTF-8, and no .jsonl, .json, .csv or .parquet file") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from rlquant.errors import InputError
 from rlquant.llm.model import LanguageModel
 
-__all__ = ["Agreement", "Windows", "compare_windows", "read_text", "window_losses"]
+__all__ = ["Agreement", "Windows", "compare_windows", "window_losses"]
 
 _CHUNK_LOGITS = 2**25  # of a window's logits in float32 at once: 128 MB
 _TOGETHER = 16  # windows in one forward on a GPU; on a CPU they would only take more memory
@@ -70,16 +69,6 @@ class Windows:
             f"{count} windows of {length} tokens, stride {self.stride}, {count * self.scored:,} tokens predicted, "
             "each window on its own"
         )
-
-
-def read_text(path: str | Path) -> str:
-    """A text file. Raises InputError where it cannot be read or is no text."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8") from None
 
 
 def window_losses(
