@@ -34,7 +34,7 @@ class OneBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's output."""
         device = device_of(self.block)
-        out = self.block(hidden.to(device), **_moved(self._arguments[len(hidden)], device))
+        out = self.block(hidden.to(device, non_blocking=True), **_moved(self._arguments[len(hidden)], device))
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
@@ -81,8 +81,8 @@ class BlockStream:
 
     def _pass(self, one: OneBlock) -> None:
         with torch.no_grad():
-            for number, hidden in enumerate(self.hidden):
-                self.hidden[number] = one(hidden).to("cpu")
+            for hidden in self.hidden:
+                hidden.copy_(one(hidden))
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """What the first block is called with."""
@@ -110,7 +110,9 @@ class BlockStream:
             len(tokens), {key: value for key, value in kwargs.items() if key != "past_key_values"}
         )
         hidden: Tensor = args[0]
-        return hidden.to("cpu")
+        # Pinned, a GPU reads it ten times as fast; each block's inputs are read several times.
+        waiting = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self.device.type == "cuda")
+        return waiting.copy_(hidden)
 
 
 class _Seen(Exception):

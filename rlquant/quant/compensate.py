@@ -14,9 +14,11 @@ Source: Frantar et al. 2022, arXiv:2210.17323, sections 3.2 to 3.4.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,9 +27,10 @@ from rlquant.quant.affine import QParams, fake_quantize
 from rlquant.quant.formats import Format
 from rlquant.quant.notes import CalibrationWarning
 
-__all__ = ["BLOCK", "Factor", "inverse_factor", "round_with_compensation"]
+__all__ = ["BLOCK", "DOUBLE_COLUMNS", "Factor", "inverse_factor", "round_with_compensation"]
 
 BLOCK = 128
+DOUBLE_COLUMNS = 8192  # beyond, float64 (2.9 GB for a matrix of 18,944 columns) would not fit beside the rest
 
 
 class Factor:
@@ -43,7 +46,7 @@ class Factor:
         self.order = torch.arange(len(hessian), device=hessian.device)
         if act_order:
             self.order = hessian.diagonal().argsort(descending=True, stable=True)
-        self.upper = inverse_factor(hessian[self.order][:, self.order], damping, what)
+        self.upper = inverse_factor(hessian[self.order[:, None], self.order], damping, what)
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows (H + damping)^-1``: float32 ``[n, columns]``, columns in their own order."""
@@ -56,21 +59,23 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
     """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * I)^-1``, float32.
 
     Columns with a zero diagonal are cut loose with the mean there. Damping grows tenfold until H is positive
-    definite, which is said in a CalibrationWarning.
+    definite, which is said in a CalibrationWarning. Up to ``DOUBLE_COLUMNS`` columns are computed in float64.
     """
-    hessian = hessian.to(torch.float64)
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])
+    double = len(hessian) <= DOUBLE_COLUMNS
+    # With J the reversal, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and U = R^-1 = J L^-1 J:
+    # one factorization and one inverse, where inverting H first takes two and ten times as long.
+    damped = hessian.to(torch.float64 if double else torch.float32).flip(0, 1)
+    diagonal = damped.diagonal()
+    undamped, dead = diagonal.clone(), diagonal <= 0
+    mean = undamped[~dead].mean() if not bool(dead.all()) else torch.ones_like(undamped[0])
     given = damping
     while True:
-        damped = hessian + torch.diag(torch.where(dead, mean, damping * mean))
-        # With J the reversal, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and U = R^-1 =
-        # J L^-1 J: one factorization and one inverse, where inverting H first takes two and ten times as long.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal.copy_(undamped + torch.where(dead, mean, damping * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break
         damping *= 10
+    del damped, diagonal
     if damping != given:
         warnings.warn(
             f"{what}: the Hessian of the calibration inputs is not positive definite; damping is raised from "
@@ -78,19 +83,20 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
             CalibrationWarning,
             stacklevel=2,
         )
-    return _inverse_lower(lower).flip(0, 1).to(torch.float32)
+    return _inverse_lower_(lower).to(torch.float32).flip(0, 1).contiguous()
 
 
-def _inverse_lower(lower: Tensor, block: int = 512) -> Tensor:
-    """The inverse of a lower triangular matrix, by blocks of rows: less work than a solve for the identity."""
-    inverse = torch.zeros_like(lower)
+def _inverse_lower_(lower: Tensor, block: int = 512) -> Tensor:
+    """The inverse of a lower triangular matrix, in its place, by blocks of rows: less work than a solve for the
+    identity."""
     for start in range(0, len(lower), block):
         rows = slice(start, start + block)
         corner = lower[rows, rows]
         identity = torch.eye(len(corner), dtype=lower.dtype, device=lower.device)
-        inverse[rows, rows] = torch.linalg.solve_triangular(corner, identity, upper=False)
-        inverse[rows, :start] = -inverse[rows, rows] @ (lower[rows, :start] @ inverse[:start, :start])
-    return inverse
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+        lower[rows, :start] = -inverse @ (lower[rows, :start] @ lower[:start, :start])
+        lower[rows, rows] = inverse
+    return lower
 
 
 def round_with_compensation(
@@ -126,6 +132,10 @@ def round_with_compensation(
 
 def _round_block(weight: Tensor, start: int, spread: QParams | None, upper: Tensor, fmt: Format) -> Tensor:
     """Round a block ``[block, rows]`` in place; its errors in units of the factor's diagonal."""
+    if weight.is_cuda and spread is not None and fmt.kind == "int" and _has_triton():
+        from rlquant.quant.compensate_cuda import round_block
+
+        return round_block(weight, start, spread, upper, fmt)
     errors = torch.empty_like(weight)
     for i in range(len(weight)):
         j = start + i
@@ -135,6 +145,11 @@ def _round_block(weight: Tensor, start: int, spread: QParams | None, upper: Tens
         weight[i] = rounded
         errors[i] = error
     return errors
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager

@@ -53,16 +53,27 @@ Chosen = tuple[Tensor, QParams | None]
 def gptq(matrix: Tensor, scheme: Scheme, moments: InputMoments | None, what: str) -> Chosen:
     """Codes ``[rows, columns]`` and qparams of a float32 weight whose inputs had these moments."""
     assert moments is not None
+    pull = _pull(matrix, moments)
     gram = moments.gram[0]
     factor = Factor(gram, _damping(moments.count, len(gram), what), what)
-    drift = moments.drift
-    pull = None if drift is None else matrix @ drift[0].to(torch.float32)  # W D
     target = matrix if pull is None else matrix + factor.solve(pull)
     values, qparams = _best_scales(target, scheme, factor)
     nearest = nearest_qparams(matrix, scheme, what)
     chosen = (nearest_codes(values, qparams, scheme), qparams)
     fallback = (nearest_codes(matrix, nearest, scheme), nearest)
     return _better_rows(matrix, chosen, fallback, gram.to(torch.float32), pull, scheme)
+
+
+def _pull(matrix: Tensor, moments: InputMoments) -> Tensor | None:
+    """``W D``, float32 ``[rows, columns]``; D is given up, since H needs the memory. None where there is no D."""
+    drift = moments.drift
+    if drift is None:
+        return None
+    pull = torch.empty_like(matrix)
+    for rows in row_chunks(*drift.shape[1:]):
+        pull[:, rows] = matrix @ drift[0][:, rows].to(torch.float32)
+    moments.forget_drift()
+    return pull
 
 
 def _damping(rows: int, columns: int, what: str) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.quant.affine import finite_extremes
+from rlquant.quant.compensate import DOUBLE_COLUMNS
 from rlquant.quant.kinds import MatrixNames, input_rows, matrices, matrix_inputs
 from rlquant.quant.layers import QuantizedLayer
 from rlquant.quant.observers import Reservoir
@@ -27,8 +28,9 @@ class InputMoments:
     - ``count``: rows seen
     - ``mean`` of x', ``reference_mean`` of x, ``abs_mean``, ``square_mean``, ``abs_max``: ``[blocks,
       columns]``
-    - ``gram``: ``E x' x'^T`` and ``drift``: ``E (x - x') x'^T``, float64 ``[blocks, columns, columns]``;
-      covariances where ``centered``. Only where asked for; ``drift`` is None where x' never differed from x
+    - ``gram``: ``E x' x'^T`` and ``drift``: ``E (x - x') x'^T``, ``[blocks, columns, columns]``, float64 up to
+      ``DOUBLE_COLUMNS`` columns and float32 beyond; covariances where ``centered``. Only where asked for; ``drift``
+      is None where x' never differed from x. Once either is read, no more rows can be added
     - ``rows``: float32 ``[blocks, m, columns]``, a sample of x'; only where asked for
     """
 
@@ -105,12 +107,13 @@ class InputMoments:
 
     @property
     def gram(self) -> Tensor:
-        """``E x' x'^T`` or its covariance, float64 ``[blocks, columns, columns]``."""
+        """``E x' x'^T`` or its covariance, ``[blocks, columns, columns]``."""
         assert self._gram is not None, "the moments were gathered without their Gram matrix"
-        gram = self._gram.mean(self.count) + self._offset(self.mean - self._shift[:, 0])
+        shift = self._shift[:, 0].to(torch.float64)
+        offsets = [self._offset(self.mean - shift)]
         if not self.centered:
-            gram += self._shift[:, 0, :, None].to(torch.float64) * self.mean[:, None, :]
-        return gram
+            offsets.append((shift, self.mean))
+        return self._gram.finish(self.count, offsets)
 
     @property
     def drift(self) -> Tensor | None:
@@ -118,7 +121,11 @@ class InputMoments:
         assert self._drift is not None, "the moments were gathered without their Gram matrix"
         if self._drift.total is None:
             return None
-        return self._drift.mean(self.count) + self._offset(self._mean_drift())
+        return self._drift.finish(self.count, [self._offset(self._mean_drift())])
+
+    def forget_drift(self) -> None:
+        """Give up the memory of :attr:`drift`, which is None from then on."""
+        self._drift = _Products(symmetric=False)
 
     @property
     def rows(self) -> Tensor:
@@ -129,44 +136,52 @@ class InputMoments:
     def _mean_drift(self) -> Tensor:
         return self._sums["drift"] / self.count if "drift" in self._sums else torch.zeros_like(self.mean)
 
-    def _offset(self, left: Tensor) -> Tensor:
-        """What to add to ``E a (x' - shift)^T``, where a has the mean ``left``."""
+    def _offset(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of what to add to ``E a (x' - shift)^T``, where a has the mean ``left``."""
         shift = self._shift[:, 0].to(torch.float64)
-        right = shift - self.mean if self.centered else shift
-        return left[:, :, None] * right[:, None, :]
+        return left, shift - self.mean if self.centered else shift
 
 
 class _Products:
-    """A running sum of ``a b^T``: chunks multiply in float32 and add up in float64.
+    """A running sum of ``a b^T``: chunks multiply in float32 and add up in float64 (see ``DOUBLE_COLUMNS``).
 
     Where it is ``symmetric``, b is a, and only the blocks on and above the diagonal are computed.
     """
 
-    def __init__(self, symmetric: bool, total: Tensor | None = None) -> None:
-        self.symmetric, self.total = symmetric, total
+    def __init__(self, symmetric: bool, total: Tensor | None = None, finished: bool = False) -> None:
+        self.symmetric, self.total, self.finished = symmetric, total, finished
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Take in rows ``[blocks, n, columns]`` each."""
+        assert not self.finished, "the matrix was read already"
         columns = a.shape[2]
         if self.total is None:
-            self.total = a.new_zeros((a.shape[0], columns, columns), dtype=torch.float64)
-        step = SYMMETRIC_STEP if self.symmetric else columns
-        for start in range(0, columns, step):
-            rows, rest = slice(start, start + step), slice(start if self.symmetric else 0, columns)
+            dtype = torch.float64 if columns <= DOUBLE_COLUMNS else torch.float32
+            self.total = a.new_zeros((a.shape[0], columns, columns), dtype=dtype)
+        for start in range(0, columns, SYMMETRIC_STEP):
+            rows, rest = slice(start, start + SYMMETRIC_STEP), slice(start if self.symmetric else 0, columns)
             self.total[:, rows, rest] += a[:, :, rows].transpose(1, 2) @ b[:, :, rest]
 
-    def mean(self, count: int) -> Tensor:
-        """The sum over ``count`` rows, divided by it."""
+    def finish(self, count: int, offsets: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum over ``count`` rows, divided by it, plus outer products ``[blocks, columns]``; in place, once."""
         assert self.total is not None
-        mean = self.total / count
-        for stop in range(SYMMETRIC_STEP, mean.shape[1], SYMMETRIC_STEP) if self.symmetric else ():
+        if self.finished:
+            return self.total
+        self.total /= count
+        columns = self.total.shape[1]
+        for stop in range(SYMMETRIC_STEP, columns, SYMMETRIC_STEP) if self.symmetric else ():
             rows = slice(stop - SYMMETRIC_STEP, stop)
-            mean[:, stop:, rows] = mean[:, rows, stop:].transpose(1, 2)
-        return mean
+            self.total[:, stop:, rows] = self.total[:, rows, stop:].transpose(1, 2)
+        for left, right in offsets:
+            dtype = self.total.dtype
+            self.total.baddbmm_(left[:, :, None].to(dtype), right[:, None, :].to(dtype))
+        self.finished = True
+        return self.total
 
     def block(self, part: slice) -> _Products:
-        """Some blocks, as a view."""
-        return _Products(self.symmetric, None if self.total is None else self.total[part])
+        """Some blocks, as a copy: finishing it leaves the others as they are."""
+        total = None if self.total is None else self.total[part].clone()
+        return _Products(self.symmetric, total, self.finished)
 
 
 class LayerMoments:
