@@ -76,7 +76,7 @@ class Table:
         perplexity = math.exp(window_losses(lm, self.windows, cache=cache).mean())
         self.base = self.base or perplexity
         some = Windows(self.windows.tokens[:8], self.windows.stride)
-        same = compare_windows(self.reference, lm, some)
+        same = compare_windows(self.reference, lm, some, cache=cache)
         row = {
             "name": name,
             "perplexity": perplexity,

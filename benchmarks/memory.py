@@ -130,7 +130,7 @@ def generation(row: Row, folder: Path, device: str) -> Callable[[], None]:
     @torch.no_grad()
     def run() -> None:
         if work.full_logits:
-            torch.log_softmax(model(ids).logits.float(), dim=-1)
+            model(ids, labels=ids)
             return
         new = work.generated
         model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)

@@ -168,7 +168,9 @@ def evaluate(
     kv_cache: Annotated[
         str | None,
         typer.Option(
-            "--kv-cache", help="Read through a cache of int8, int4 or fp8_e4m3.", rich_help_panel=_LM
+            "--kv-cache",
+            help="All but the reference read through a cache of int8, int4 or fp8_e4m3.",
+            rich_help_panel=_LM,
         ),
     ] = None,
     generate: Annotated[

@@ -245,6 +245,7 @@ def _texts(
     from rlquant.llm.data import read_pairs, read_text
     from rlquant.llm.evaluate import Texts
     from rlquant.llm.quantize import Plan
+    from rlquant.llm.settings import KV
     from rlquant.llm.text import Windows
 
     if options.text is None:
@@ -254,7 +255,10 @@ def _texts(
     ids = lm.tokens(read_text(options.text))
     read = {"text": options.text.name}
     calibration = None
-    if any(Plan.parse(*row).needs_calibration for row in settings.rows()[1:] if row[1] != "none"):
+    plans = [
+        Plan.parse(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"
+    ]
+    if any(plan.needs_calibration for plan in plans):
         shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}
         if options.calibration is not None:
             calibration = calibration_windows(lm, options.calibration, **shape, seed=settings.seed)

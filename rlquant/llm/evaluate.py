@@ -20,7 +20,7 @@ from rlquant.llm.data import Pair
 from rlquant.llm.load import DTYPES
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.preferences import preference_accuracy
-from rlquant.llm.settings import LanguageSettings
+from rlquant.llm.settings import KV, LanguageSettings
 from rlquant.llm.speed import Generation, time_generation
 from rlquant.llm.text import Windows, compare_windows, window_losses
 from rlquant.llm.versions import accelerate_, at_precision
@@ -68,6 +68,20 @@ class _Row:
     def name(self) -> str:
         return f"{self.precision}-{self.method}"
 
+    @property
+    def weights(self) -> str:
+        """The precision of the weights alone."""
+        return self.precision.partition(KV)[0]
+
+    def cache(self, lm: LanguageModel) -> Callable[[], Any] | None:
+        """What makes the KV cache that the row reads through; None where it reads without one."""
+        scheme = self.precision.partition(KV)[2]
+        if not scheme:
+            return None
+        from rlquant.llm.kv_cache import QuantizedCache
+
+        return lambda: QuantizedCache(lm.model.config, scheme)
+
 
 class LanguageEvaluation:
     """One evaluation of one language model.
@@ -112,7 +126,7 @@ class LanguageEvaluation:
             self.progress(row.name, 0, wanted)
             lm = at_precision(
                 self.lm,
-                row.precision,
+                row.weights,
                 row.method,
                 calibration=self.texts.calibration,
                 store=_Blocks(self.folder, row.name),
@@ -120,7 +134,7 @@ class LanguageEvaluation:
             size = weight_bytes(lm.model)
             runtime = accelerate_(lm, self.settings.reference)
             losses = window_losses(
-                lm, windows, cache=self._cache(lm), done=lambda done: self.progress(row.name, done, wanted)
+                lm, windows, cache=row.cache(lm), done=lambda done: self.progress(row.name, done, wanted)
             )
             profile = {"bytes": size, "runtime": runtime, **self._profile(row, lm, runtime)}
             kept = {"losses": losses.tolist(), "profile": plain(profile)}
@@ -128,21 +142,15 @@ class LanguageEvaluation:
         row.losses, row.profile = kept["losses"], kept["profile"]
         return row
 
-    def _cache(self, lm: LanguageModel) -> Callable[[], Any] | None:
-        scheme = self.settings.cache
-        if scheme is None:
-            return None
-        from rlquant.llm.kv_cache import QuantizedCache
-
-        return lambda: QuantizedCache(lm.model.config, scheme)
-
     def _profile(self, row: _Row, lm: LanguageModel, runtime: str) -> dict[str, Any]:
         """What is measured besides the losses."""
         settings, windows = self.settings, self.texts.windows
         some = Windows(windows.tokens[: settings.agreement_windows], windows.stride)
-        agreement = None if lm is self.lm else compare_windows(self.lm, lm, some)
+        cache = row.cache(lm)
+        is_reference = lm is self.lm and cache is None
+        agreement = None if is_reference else compare_windows(self.lm, lm, some, cache=cache)
         prompt = windows.tokens.ravel()[: settings.prompt_tokens].tolist()
-        simulated = row.precision not in DTYPES and runtime == "torch"
+        simulated = row.weights not in DTYPES and runtime == "torch"
         generation = [
             time_generation(
                 lm,
@@ -150,7 +158,7 @@ class LanguageEvaluation:
                 batch=batch,
                 tokens=settings.new_tokens,
                 simulated=simulated,
-                cache=self._cache(lm),
+                cache=cache,
             )
             for batch in settings.generate
         ]

@@ -68,7 +68,8 @@ class QuantizedCache(Cache):
 
     :param config: the model's config.
     :param scheme: ``int8``, ``int4`` or ``fp8_e4m3``.
-    :param group_size: values that share a scale; divides the head dimension.
+    :param group_size: values that share a scale; divides the head dimension. By default 32, or the head dimension
+        where that is smaller.
     :param window: tokens kept exact at the least, a multiple of ``group_size``; 0 is allowed.
     :raises InputError: an unknown scheme; sizes that do not divide; a model with sliding or linear attention.
         While in use: keys or values that are not finite, or too large for a 16-bit scale.
@@ -78,10 +79,12 @@ class QuantizedCache(Cache):
         self,
         config: PreTrainedConfig,
         scheme: str = "int8",
-        group_size: int = GROUP_SIZE,
+        group_size: int | None = None,
         window: int = WINDOW,
     ) -> None:
         fmt = _kv_format(scheme)
+        if group_size is None:
+            group_size = min(GROUP_SIZE, _head_dim(config))
         _check_sizes(_head_dim(config), fmt, group_size, window)
         self.scheme, self.group_size, self.window = scheme, group_size, window
         full = DynamicCache(config=config).layers  # transformers says which kind of cache each layer needs

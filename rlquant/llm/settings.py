@@ -10,7 +10,10 @@ from rlquant.llm.load import DTYPES
 from rlquant.llm.quantize import Plan
 from rlquant.quant import get_method
 
-__all__ = ["LanguageSettings"]
+__all__ = ["KV", "LanguageSettings"]
+
+KV = "+kv="
+"""Between the name of a precision and the scheme of its KV cache."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class LanguageSettings:
         window, stride, windows: see :class:`~rlquant.llm.text.Windows`; ``windows`` None takes the whole text.
         agreement_windows: over how many of them distributions are compared.
         calibration_windows, calibration_length: windows of calibration data, and tokens of each.
-        cache: scheme of the KV cache through which every text is read; None reads without one.
+        cache: scheme of the KV cache through which all but the reference read every text and generate; their
+            precisions end in ``+kv=SCHEME``. None reads without one.
         generate: batch sizes at which generation is timed.
         prompt_tokens, new_tokens: of the timed generation.
         margin: share of the lead over uniform guessing, in nats a token, that may be lost.
@@ -66,6 +70,10 @@ class LanguageSettings:
             raise InputError(f"the margin must be at least 0 and below 1, not {self.margin}")
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
+        if self.cache is not None:
+            from rlquant.llm.kv_cache import stored_bits
+
+            stored_bits(self.cache)  # which refuses what is no scheme of a cache
         self.rows()
 
     @property
@@ -94,6 +102,8 @@ class LanguageSettings:
             if not able:
                 get_method(self.methods[0]).check(plan.scheme)
             rows += [(name, method) for method in able]
+        if self.cache is not None:
+            rows[1:] = [(f"{name}{KV}{self.cache}", method) for name, method in [*rows, *rows[1:]]]
         return list(dict.fromkeys(rows))
 
     def to_json(self) -> dict[str, Any]:

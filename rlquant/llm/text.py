@@ -115,13 +115,19 @@ class Agreement:
     top1: float
 
 
-def compare_windows(reference: LanguageModel, lm: LanguageModel, windows: Windows) -> Agreement:
-    """Both models on the same windows."""
+def compare_windows(
+    reference: LanguageModel,
+    lm: LanguageModel,
+    windows: Windows,
+    *,
+    cache: Callable[[], Any] | None = None,
+) -> Agreement:
+    """Both models on the same windows; ``lm`` reads them through a cache where one is given."""
     length = windows.tokens.shape[1]
     positions = range(length - 1 - windows.scored, length - 1)
     divergence = agreed = count = 0.0
     for rows in _together(lm, windows):
-        for states in zip(*(_hidden(each, rows, None) for each in (reference, lm)), strict=True):
+        for states in zip(_hidden(reference, rows, None), _hidden(lm, rows, cache), strict=True):
             for part in _chunks(positions, lm.vocabulary):
                 pair = zip((reference, lm), states, strict=True)
                 p, q = (_log_probabilities(each, state[part]) for each, state in pair)

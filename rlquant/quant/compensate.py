@@ -30,6 +30,7 @@ from rlquant.quant.notes import CalibrationWarning
 __all__ = ["BLOCK", "DOUBLE_COLUMNS", "Factor", "inverse_factor", "round_with_compensation"]
 
 BLOCK = 128
+STEP = 512  # columns of the factorization at a time
 DOUBLE_COLUMNS = 8192  # beyond, float64 (2.9 GB for a matrix of 18,944 columns) would not fit beside the rest
 
 
@@ -46,7 +47,7 @@ class Factor:
         self.order = torch.arange(len(hessian), device=hessian.device)
         if act_order:
             self.order = hessian.diagonal().argsort(descending=True, stable=True)
-        self.upper = inverse_factor(hessian[self.order[:, None], self.order], damping, what)
+        self.upper = inverse_factor(hessian, self.order, damping, what)
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows (H + damping)^-1``: float32 ``[n, columns]``, columns in their own order."""
@@ -55,27 +56,21 @@ class Factor:
         return solved
 
 
-def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
-    """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * I)^-1``, float32.
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float, what: str) -> Tensor:
+    """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * I)^-1``, float32, of H in the given order.
 
     Columns with a zero diagonal are cut loose with the mean there. Damping grows tenfold until H is positive
     definite, which is said in a CalibrationWarning. Up to ``DOUBLE_COLUMNS`` columns are computed in float64.
     """
-    double = len(hessian) <= DOUBLE_COLUMNS
     # With J the reversal, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and U = R^-1 = J L^-1 J:
     # one factorization and one inverse, where inverting H first takes two and ten times as long.
-    damped = hessian.to(torch.float64 if double else torch.float32).flip(0, 1)
-    diagonal = damped.diagonal()
-    undamped, dead = diagonal.clone(), diagonal <= 0
-    mean = undamped[~dead].mean() if not bool(dead.all()) else torch.ones_like(undamped[0])
+    backwards = order.flip(0)
     given = damping
     while True:
-        diagonal.copy_(undamped + torch.where(dead, mean, damping * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        lower = _damped(hessian, backwards, damping)
+        if _cholesky_(lower):
             break
         damping *= 10
-    del damped, diagonal
     if damping != given:
         warnings.warn(
             f"{what}: the Hessian of the calibration inputs is not positive definite; damping is raised from "
@@ -86,11 +81,38 @@ def inverse_factor(hessian: Tensor, damping: float, what: str) -> Tensor:
     return _inverse_lower_(lower).to(torch.float32).flip(0, 1).contiguous()
 
 
-def _inverse_lower_(lower: Tensor, block: int = 512) -> Tensor:
+def _damped(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    double = len(hessian) <= DOUBLE_COLUMNS
+    damped = hessian[order[:, None], order].to(torch.float64 if double else torch.float32)
+    diagonal = damped.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])
+    diagonal += torch.where(dead, mean, damping * mean)
+    return damped
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix by its lower Cholesky factor, by blocks of columns; False where it is not positive
+    definite. A library's own factorization of 18,944 columns asks for 2.9 GB more."""
+    for start in range(0, len(matrix), STEP):
+        stop = start + STEP
+        corner, failed = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
+        if failed:
+            return False
+        matrix[start:stop, start:stop] = corner
+        matrix[start:stop, stop:] = 0
+        below = matrix[stop:, start:stop]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+        for at in range(stop, len(matrix), STEP):  # the lower triangle alone
+            matrix[at:, at : at + STEP] -= below[at - stop :] @ below[at - stop : at - stop + STEP].mT
+    return True
+
+
+def _inverse_lower_(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, in its place, by blocks of rows: less work than a solve for the
     identity."""
-    for start in range(0, len(lower), block):
-        rows = slice(start, start + block)
+    for start in range(0, len(lower), STEP):
+        rows = slice(start, start + STEP)
         corner = lower[rows, rows]
         identity = torch.eye(len(corner), dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(corner, identity, upper=False)

@@ -36,7 +36,7 @@ from rlquant.quant.moments import InputMoments
 from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.observers import weight_ranges
 from rlquant.quant.scheme import Scheme
-from rlquant.quant.tensor import nearest_codes, nearest_qparams, spread_qparams
+from rlquant.quant.tensor import join_rows, nearest_codes, nearest_qparams, spread_qparams
 
 __all__ = ["gptq"]
 
@@ -46,6 +46,7 @@ FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 SEARCH_ROWS = 512
 SAMPLED_ROWS = 128
 FINALISTS = 2
+ROUNDED_TOGETHER = 2**25  # weights: 128 MiB in float32, of which rounding takes several times as much
 
 Chosen = tuple[Tensor, QParams | None]
 
@@ -101,6 +102,19 @@ def _best_scales(target: Tensor, scheme: Scheme, factor: Factor) -> Chosen:
         sampled = (low, high) if len(low) == 1 else (low[some], high[some])
         losses = _tried(target[some], *sampled, scheme, factor, fractions)[1]
         fractions = fractions[losses.sum(dim=1).argsort()[:FINALISTS]]
+    if len(low) == 1:
+        return _best_of(target, low, high, scheme, factor, fractions)
+    parts = [
+        _best_of(target[rows], low[rows], high[rows], scheme, factor, fractions)
+        for rows in row_chunks(len(target), target.shape[1], ROUNDED_TOGETHER)
+    ]
+    return parts[0] if len(parts) == 1 else join_rows(parts)
+
+
+def _best_of(
+    target: Tensor, low: Tensor, high: Tensor, scheme: Scheme, factor: Factor, fractions: Tensor
+) -> Chosen:
+    """Rounded values, and the qparams of the best fraction of each row, or of all where they share one scale."""
     values, losses = _tried(target, low, high, scheme, factor, fractions)
     if len(low) == 1:
         losses = losses.sum(dim=1, keepdim=True).expand_as(losses)

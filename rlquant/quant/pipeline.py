@@ -29,7 +29,7 @@ from rlquant.quant.moments import InputMoments, LayerMoments
 from rlquant.quant.nearest import round_to_nearest
 from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.scheme import Scheme
-from rlquant.quant.tensor import QuantizedWeight
+from rlquant.quant.tensor import QuantizedWeight, join_rows
 
 __all__ = ["run_method"]
 
@@ -178,21 +178,12 @@ def _choose(
             "a Conv2d with groups has inputs of its own for each group, and one scale for the tensor cannot be chosen "
             "by each: take scales per channel, or the method rtn"
         )
-    return _joined(
+    return join_rows(
         [
             rule.choose(part, scheme, moments.block(i), what)
             for i, part in enumerate(matrix.chunk(moments.blocks))
         ]
     )
-
-
-def _joined(parts: list[tuple[Tensor, QParams | None]]) -> tuple[Tensor, QParams | None]:
-    codes = torch.cat([codes for codes, _ in parts])
-    qparams = [each for _, each in parts if each is not None]
-    if not qparams:
-        return codes, None
-    points = [each.zero_point for each in qparams if each.zero_point is not None]
-    return codes, QParams(torch.cat([each.scale for each in qparams]), torch.cat(points) if points else None)
 
 
 @contextmanager

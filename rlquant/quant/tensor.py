@@ -20,7 +20,14 @@ from rlquant.quant.scheme import Scheme
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Float32Scale", "QuantizedWeight", "nearest_codes", "nearest_qparams", "spread_qparams"]
+__all__ = [
+    "Float32Scale",
+    "QuantizedWeight",
+    "join_rows",
+    "nearest_codes",
+    "nearest_qparams",
+    "spread_qparams",
+]
 
 
 _DOUBLE = ("scale_codes", "scale_ranges", "scale_offset")
@@ -227,3 +234,13 @@ def spread_qparams(qparams: QParams, scheme: Scheme, columns: int, rows: slice =
     expand = scheme.granularity.expand
     zero_point = None if qparams.zero_point is None else expand(qparams.zero_point[rows], columns)
     return QParams(expand(qparams.scale[rows], columns), zero_point)
+
+
+def join_rows(parts: list[tuple[Tensor, QParams | None]]) -> tuple[Tensor, QParams | None]:
+    """Codes and qparams of one matrix from those of its parts, rows below rows."""
+    codes = torch.cat([codes for codes, _ in parts])
+    qparams = [each for _, each in parts if each is not None]
+    if not qparams:
+        return codes, None
+    points = [each.zero_point for each in qparams if each.zero_point is not None]
+    return codes, QParams(torch.cat([each.scale for each in qparams]), torch.cat(points) if points else None)

@@ -102,6 +102,23 @@ def test_a_quantized_cache_is_read_through(rlquant: Run, folder: Path, text: Pat
     assert "int9" in done.err
 
 
+def test_what_a_quantized_cache_costs_is_a_row(
+    rlquant: Run, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ("--text", text, "--window", 192, "--windows", 2, "--kv-cache", "int4", "--precisions", "int8")
+    done = rlquant("evaluate", folder, *options, "--out", tmp_path)
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "fp32+kv=int4", "int8+kv=int4"]
+    losses = [-row["score"]["mean"] for row in rows]
+    lm = load(str(folder), dtype="fp32")
+    windows = Windows.of(lm.tokens(tiny.TEXT), 192, limit=2)
+    assert losses[0] == pytest.approx(window_losses(lm, windows).mean(), rel=1e-6)
+    assert losses[1] != losses[0]
+    assert rows[0]["language"]["agreement"] is None
+    assert rows[1]["language"]["agreement"]["kl"] > 0
+
+
 def test_quantize_a_model(rlquant: Run, folder: Path, text: Path, tmp_path: Path) -> None:
     options = (
         "--calibration",

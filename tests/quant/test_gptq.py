@@ -14,7 +14,8 @@ from paper import obq
 from torch import nn
 
 from rlquant.errors import InputError
-from rlquant.quant import CalibrationWarning, InputMoments, QParams, Scheme, get_format, quantize_
+from rlquant.quant import CalibrationWarning, InputMoments, QParams, Scheme, compensate, get_format, quantize_
+from rlquant.quant import gptq as gptq_module
 from rlquant.quant.compensate import Factor, round_with_compensation
 from rlquant.quant.gptq import gptq
 from rlquant.quant.tensor import spread_qparams
@@ -60,6 +61,33 @@ def test_the_factor_is_that_of_the_inverse(columns: int, rows: int, seed: int) -
     assert np.array_equal(upper, np.triu(upper))
     row = torch.randn(2, columns)
     np.testing.assert_allclose(factor.solve(row).double().numpy() @ damped, row.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("double_columns", [8192, 100])
+def test_the_factor_of_many_columns(double_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensate, "DOUBLE_COLUMNS", double_columns)
+    x = correlated(3000, 1300, 0).double()
+    hessian = (x.T @ x / len(x)).numpy()
+    factor = Factor(torch.from_numpy(hessian), 0.01, "")
+    damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(1300)
+    order, upper = factor.order.numpy(), factor.upper.double().numpy()
+    np.testing.assert_allclose(upper.T @ upper @ damped[np.ix_(order, order)], np.eye(1300), atol=1e-3)
+    assert np.array_equal(upper, np.triu(upper))
+
+
+def test_rows_rounded_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = correlated(200, 24), torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    found = []
+    for together in (gptq_module.ROUNDED_TOGETHER, 7 * 24):
+        monkeypatch.setattr(gptq_module, "ROUNDED_TOGETHER", together)
+        moments = InputMoments(gram=True)
+        moments.add(x[None])
+        codes, qparams = gptq(weight, Scheme.parse("int3-g8-asym"), moments, "")
+        assert qparams is not None
+        assert qparams.zero_point is not None
+        found.append((codes, qparams.scale, qparams.zero_point))
+    for whole, parts in zip(*found, strict=True):
+        assert torch.equal(whole, parts)
 
 
 def brute_force(weight: np.ndarray, hessian: np.ndarray, scale: float, limit: int) -> float:
