@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlquant.quant.affine import QParams, fake_quantize
 from rlquant.quant.formats import Format
+from rlquant.quant.granularity import row_chunks
 from rlquant.quant.notes import CalibrationWarning
 
 __all__ = ["BLOCK", "DOUBLE_COLUMNS", "Factor", "inverse_factor", "round_with_compensation"]
@@ -83,7 +84,11 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float, what: str) ->
 
 def _damped(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     double = len(hessian) <= DOUBLE_COLUMNS
-    damped = hessian[order[:, None], order].to(torch.float64 if double else torch.float32)
+    damped = torch.empty(
+        hessian.shape, dtype=torch.float64 if double else torch.float32, device=hessian.device
+    )
+    for rows in row_chunks(*hessian.shape):  # one index for both dimensions makes two matrices of int64
+        damped[rows] = hessian.index_select(0, order[rows]).index_select(1, order)
     diagonal = damped.diagonal()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])

@@ -17,6 +17,7 @@ __all__ = ["SAMPLE_ROWS", "InputMoments", "LayerMoments"]
 
 SAMPLE_ROWS = 512
 SYMMETRIC_STEP = 512
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")  # bfloat16 multiplies, float32 adds up
 
 
 class InputMoments:
@@ -158,9 +159,13 @@ class _Products:
         if self.total is None:
             dtype = torch.float64 if columns <= DOUBLE_COLUMNS else torch.float32
             self.total = a.new_zeros((a.shape[0], columns, columns), dtype=dtype)
+        left = _terms(a)
+        right = left if b is a else _terms(b)
         for start in range(0, columns, SYMMETRIC_STEP):
             rows, rest = slice(start, start + SYMMETRIC_STEP), slice(start if self.symmetric else 0, columns)
-            self.total[:, rows, rest] += a[:, :, rows].transpose(1, 2) @ b[:, :, rest]
+            self.total[:, rows, rest] += _product(
+                [term[:, :, rows] for term in left], [term[:, :, rest] for term in right]
+            )
 
     def finish(self, count: int, offsets: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The sum over ``count`` rows, divided by it, plus outer products ``[blocks, columns]``; in place, once."""
@@ -182,6 +187,26 @@ class _Products:
         """Some blocks, as a copy: finishing it leaves the others as they are."""
         total = None if self.total is None else self.total[part].clone()
         return _Products(self.symmetric, total, self.finished)
+
+
+def _terms(x: Tensor) -> list[Tensor]:
+    """Terms whose sum is x: on tensor cores two in bfloat16, which leave out what is below 2**-17 of x."""
+    if not x.is_cuda or not _HAS_OUT_DTYPE:
+        return [x]
+    high = x.to(torch.bfloat16)
+    return [high, (x - high).to(torch.bfloat16)]
+
+
+def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """``a^T b`` in float32, ``[blocks, i, j]``, of terms ``[blocks, n, i]`` and ``[blocks, n, j]``."""
+    if len(a) == 1:
+        return a[0].transpose(1, 2) @ b[0]
+    (high_a, low_a), (high_b, low_b) = a, b
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
+
+    return multiply(high_a, high_b) + multiply(high_a, low_b) + multiply(low_a, high_b)
 
 
 class LayerMoments:

@@ -80,3 +80,24 @@ def test_products_of_many_columns_are_symmetric_and_whole() -> None:
     expected = x.double().numpy().T @ x.double().numpy() / 40
     np.testing.assert_allclose(moments.gram[0].numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(moments.gram[0].numpy(), moments.gram[0].numpy().T, rtol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_moments_on_a_gpu_are_numpys(offset: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 4000, 700, generator=g) * torch.logspace(-2, 2, 700) + offset
+    reference = rows + 0.1 * torch.randn(1, 4000, 700, generator=g)
+    moments = InputMoments(gram=True, centered=True)
+    for part, other in zip(rows.cuda().split(1000, dim=1), reference.cuda().split(1000, dim=1), strict=True):
+        moments.add(part, other)
+    x = rows[0].double().numpy()
+    a = x - x.mean(0)
+    size = np.sqrt(np.outer(np.square(a).mean(0), np.square(a).mean(0)))
+    assert (np.abs(moments.gram[0].cpu().numpy() - a.T @ a / 4000) / size).max() < 2e-6
+    d = (reference[0].double().numpy() - x) - (reference[0].double().numpy() - x).mean(0)
+    drift = moments.drift
+    assert drift is not None
+    expected = d.T @ a / 4000
+    scale = np.outer(np.square(d).mean(0) ** 0.5, np.square(a).mean(0) ** 0.5)
+    assert (np.abs(drift[0].cpu().numpy() - expected) / scale).max() < 1e-5
