@@ -24,6 +24,9 @@ __all__ = [
     "env_card",
     "env_module",
     "envs",
+    "module_of",
+    "recipe_configs",
+    "recipe_file",
     "recipes",
     "register_env",
 ]
@@ -77,15 +80,32 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in (data_root() / "recipes").glob("*.py"))
 
 
+def recipe_file(name: str) -> Path:
+    """The script of a shipped recipe."""
+    if name not in recipes():
+        raise unknown_name("recipe", name, recipes())
+    return data_root() / "recipes" / f"{name}.py"
+
+
+def recipe_configs() -> dict[str, Path]:
+    """The shipped YAML files with settings of recipes, by name, sorted."""
+    return {path.stem: path for path in sorted((data_root() / "recipes").glob("*.yml"))}
+
+
 @cache
 def env_module(name: str) -> ModuleType:
     """What executing the single file ``envs/<name>`` defines."""
-    path = data_root() / "envs" / name
-    spec = importlib.util.spec_from_file_location(f"rlquant_envs_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"the environment file {path} cannot be loaded")
+    return module_of(data_root() / "envs" / name, "envs")
+
+
+def module_of(path: Path, kind: str) -> ModuleType:
+    """What executing a single Python file defines. Raises InputError where it is no file to execute."""
+    name = f"rlquant_{kind}_{path.stem}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"the file {path} cannot be loaded: it is no Python file")
     module = importlib.util.module_from_spec(spec)
-    # gymnasium names the class by its module, and worker processes and wrappers look it up there.
+    # gymnasium and pydantic name a class by its module, and worker processes and wrappers look it up there.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

@@ -539,6 +539,43 @@ def memory(
 
 
 @app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe (see 'rlquant ls recipes'), or a .py or .yml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as train.lr=5e-6.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Name or file of other settings.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; runs/RECIPE if not given.")] = None,
+) -> int:
+    """Run a recipe: fine-tuning on a 4-bit base, merging, training quantized. Repeat the command to go on."""
+    from rlquant.running import run_recipe
+
+    return run_recipe(recipe, config, overrides or [], out)
+
+
+@app.command()
+def validate(file: Annotated[Path, typer.Argument(help="A recipe's settings, or a results.json.")]) -> None:
+    """Check a file without running anything."""
+    from rlquant.running import validate as check
+
+    check(file)
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(help="A shipped recipe, agent or environment.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; made if missing.")],
+) -> None:
+    """Copy something that is shipped, to change it."""
+    from rlquant.running import copy
+
+    for path in copy(name, folder):
+        typer.echo(path)
+
+
+@app.command()
 def ls(kind: Annotated[str, typer.Argument(help=", ".join(KINDS))] = "agents") -> None:
     """List shipped agents, environments, recipes or schemes."""
     if kind not in KINDS:

@@ -77,8 +77,16 @@ def _envs() -> None:
 
 
 def _recipes() -> None:
-    names = catalog.recipes()
-    print("\n".join(names) if names else "no recipes are shipped with this version")
+    import ast
+
+    configs = catalog.recipe_configs()
+    rows = []
+    for name in catalog.recipes():
+        source = catalog.recipe_file(name).read_text(encoding="utf-8")
+        about = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+        settings = [each for each in configs if each == name or each.startswith(f"{name}-")]
+        rows.append([name, ", ".join(settings), about])
+    _print_table(["recipe", "settings", ""], rows)
 
 
 def _schemes() -> None:

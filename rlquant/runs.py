@@ -20,7 +20,10 @@ from rlquant.errors import InputError
 
 __all__ = ["RunFolder", "file_hash", "machine_info", "package_versions", "write_atomic", "write_files"]
 
-_PACKAGES = ("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D")
+_PACKAGES = (
+    *("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D"),
+    *("transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"),
+)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
