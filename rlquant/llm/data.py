@@ -18,7 +18,7 @@ from typing import Any
 
 from rlquant.errors import InputError, missing_package
 
-__all__ = ["Pair", "as_text", "read_pairs", "read_rows", "read_text", "read_texts"]
+__all__ = ["Messages", "Pair", "as_pair", "as_text", "read_pairs", "read_rows", "read_text", "read_texts"]
 
 Messages = list[dict[str, str]]
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -64,7 +64,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> list[Pair]:
         InputError: the file cannot be read, or a row is no pair; the message says which.
     """
     rows = read_rows(path)[:limit]
-    return [_pair(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    return [as_pair(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def read_texts(path: str | Path) -> list[str | Messages]:
@@ -98,7 +98,8 @@ def as_text(shown: str | Messages, tokenizer: Any) -> str:
     return text
 
 
-def _pair(row: dict[str, Any], where: str) -> Pair:
+def as_pair(row: dict[str, Any], where: str) -> Pair:
+    """A row as a preference pair. Raises InputError that begins with ``where``."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not chosen or not rejected or type(chosen) is not type(rejected):
         raise InputError(
@@ -128,7 +129,7 @@ def _dialogue(text: str, where: str) -> Messages:
 
 def _shown(row: dict[str, Any], where: str) -> str | Messages:
     if "chosen" in row and "rejected" in row:
-        pair = _pair(row, where)
+        pair = as_pair(row, where)
         if isinstance(pair.prompt, str) and isinstance(pair.chosen, str):
             return pair.prompt + pair.chosen
         prompt, chosen = (
