@@ -1,0 +1,83 @@
+"""The LoRA layer of every base layer: float, packed by us, or bitsandbytes'.
+
+PEFT's own computes in the adapter's dtype, which for float32 adapters on a bfloat16 base is a float32 product for
+each layer; here the weights stay float32 and the products are in the dtype of the input, as under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlquant.errors import InputError
+from rlquant.quant import QuantLinear, device_of
+
+__all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "named_as_peft_does"]
+
+BASE_LAYERS: tuple[type[nn.Module], ...] = (QuantLinear, nn.Linear)
+"""What takes adapters; bitsandbytes' ``Linear4bit`` and ``Linear8bitLt`` are ``nn.Linear`` too."""
+
+
+class AdapterLinear(LoraLinear):
+    """``y = base(x) + scaling * B(A(dropout(x)))`` for the active adapters; ``[..., in]`` -> ``[..., out]``.
+
+    DoRA goes the way of PEFT, in the adapter's dtype. The base is never written to, so it cannot be merged into.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's map of ``x``, in the dtype of the base layer's output."""
+        active = (
+            [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        )
+        if kwargs or any(name in self.lora_variant for name in active):
+            mapped: Tensor = super().forward(x, *args, **kwargs)
+            return mapped
+        result: Tensor = self.base_layer(x)
+        for name in active:
+            down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
+            up = F.linear(down, self.lora_B[name].weight.to(down.dtype))
+            result = result + (up * self.scaling[name]).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Raises InputError: codes do not hold a small change, and merging again and again drifts."""
+        raise InputError(
+            "an adapter cannot be merged into the immutable base: merge it into the float model (or the dequantized "
+            "one) and quantize that"
+        )
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # No dtype: adapters are float32 whatever the base is. And a packed layer's weight is not asked for.
+        return device_of(base_layer), None
+
+
+@contextmanager
+def named_as_peft_does(model: nn.Module) -> Iterator[None]:
+    """Packed codes are called ``qweight`` within, as GPTQ's are: PEFT asks where a layer is by that name first.
+
+    Its next question, ``weight``, would dequantize a packed layer several times over.
+    """
+    layers = [part for part in model.modules() if isinstance(part, QuantLinear)]
+    for layer in layers:
+        layer.qweight = layer.packed.codes  # a plain attribute, in no state dict
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.qweight
+
+
+def adapter_layers(model: nn.Module) -> Iterable[tuple[str, AdapterLinear]]:
+    """Every layer with adapters, by its name in the base model."""
+    for name, part in model.named_modules():
+        if isinstance(part, AdapterLinear):
+            yield name.removeprefix("base_model.model."), part
