@@ -147,7 +147,7 @@ def run_quantize_language(options: LanguageQuantizeOptions) -> None:
             "(text, or JSONL of text, chats or preference pairs)"
         )
     device = device_named(options.device)
-    lm = load(options.source, dtype=options.dtype, trust=options.trust)
+    lm = load(options.source, dtype=options.dtype, trust=options.trust, lazy=True)
     tokens = None
     if plan.needs_calibration and options.calibration is not None:
         tokens = calibration_windows(
