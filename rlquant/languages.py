@@ -212,7 +212,7 @@ def run_bench_language(options: LanguageBenchOptions) -> None:
     for precision, _ in settings.rows():
         model = at_precision(lm, precision)
         size = weight_bytes(model.model)
-        runtime = accelerate_(model, settings.reference)
+        runtime = accelerate_(model, settings.reference, precision)
         simulated = precision not in DTYPES and runtime == "torch"
         for batch in settings.generate:
             timed = time_generation(
@@ -244,8 +244,8 @@ def _texts(
     from rlquant.llm.calibration import calibration_windows, windows_of
     from rlquant.llm.data import read_pairs, read_text
     from rlquant.llm.evaluate import Texts
-    from rlquant.llm.quantize import Plan
     from rlquant.llm.text import Windows
+    from rlquant.llm.versions import plan_of
 
     if options.text is None:
         raise InputError(
@@ -254,7 +254,7 @@ def _texts(
     ids = lm.tokens(read_text(options.text))
     read = {"text": options.text.name}
     calibration = None
-    if any(Plan.parse(*row).needs_calibration for row in settings.rows()[1:] if row[1] != "none"):
+    if any(plan_of(*row).needs_calibration for row in settings.rows()[1:] if row[1] != "none"):
         shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}
         if options.calibration is not None:
             calibration = calibration_windows(lm, options.calibration, **shape, seed=settings.seed)

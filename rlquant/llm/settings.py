@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlquant.errors import InputError, unknown_name
+from rlquant.llm.bitsandbytes import require_bitsandbytes
 from rlquant.llm.load import DTYPES
-from rlquant.llm.quantize import Plan
+from rlquant.llm.versions import LLM_INT8, can_do, plan_of
 from rlquant.quant import get_method
 
 __all__ = ["LanguageSettings"]
@@ -19,7 +20,7 @@ class LanguageSettings:
 
     Attributes:
         precisions: float dtypes, the first of which is the reference, and names of plans such as ``int4-g128`` or
-            ``nf4+embedding=int8``.
+            ``nf4+embedding=int8``, or ``llm-int8``: int8 weights and LLM.int8's int8 activations, by bitsandbytes.
         methods: of ``rlquant.quant.METHODS``; each precision is tried with each that can do it.
         window, stride, windows: see :class:`~rlquant.llm.text.Windows`; ``windows`` None takes the whole text.
         agreement_windows: over how many of them distributions are compared.
@@ -67,6 +68,8 @@ class LanguageSettings:
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"the confidence must be at least 0.5 and below 1, not {self.confidence}")
         self.rows()
+        if LLM_INT8 in self.precisions:
+            require_bitsandbytes(LLM_INT8)
 
     @property
     def reference(self) -> str:
@@ -87,12 +90,13 @@ class LanguageSettings:
             if name in DTYPES:
                 rows.append((name, "none"))
                 continue
-            plan = Plan.parse(name)
+            plan = plan_of(name)
             if plan.scheme.is_identity:
                 raise unknown_name("precision", name, DTYPES)
-            able = [method for method in self.methods if _can(plan, method)]
+            able = [method for method in self.methods if can_do(name, method)]
             if not able:
                 get_method(self.methods[0]).check(plan.scheme)
+                raise InputError(f"{', '.join(self.methods)} cannot do {name}; rtn can")
             rows += [(name, method) for method in able]
         return list(dict.fromkeys(rows))
 
@@ -100,12 +104,3 @@ class LanguageSettings:
         """The ``settings`` of a results document."""
         lists = {name: list(getattr(self, name)) for name in ("precisions", "methods", "generate")}
         return {**asdict(self), **lists}
-
-
-def _can(plan: Plan, method: str) -> bool:
-    try:
-        for scheme in (plan.scheme, *plan.schemes.values()):
-            get_method(method).check(scheme)
-    except InputError:
-        return False
-    return True

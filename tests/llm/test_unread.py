@@ -93,7 +93,9 @@ def test_the_codes_are_those_of_the_model_loaded_whole(
     assert lazy.parameters == whole.parameters
     assert lazy.sha256 == whole.sha256
     assert weight_bytes(lazy.model) == weight_bytes(whole.model)
-    done = [quantize_model_(lm, Plan.parse(name, method), calibration=calibration(lm)) for lm in (whole, lazy)]
+    done = [
+        quantize_model_(lm, Plan.parse(name, method), calibration=calibration(lm)) for lm in (whole, lazy)
+    ]
     assert done[1].unread is None
     assert is_whole(done[1].model)
     assert_same(done[1].model, done[0].model)
@@ -108,7 +110,9 @@ def test_every_family_is_read_as_transformers_reads_it(family: str, dtype: str, 
     lm = load(str(tmp_path), dtype=dtype, lazy=True)
     assert lm.unread is not None
     lm.read_(lm.model)
-    stock = model.from_pretrained(tmp_path, dtype=getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))
+    stock = model.from_pretrained(
+        tmp_path, dtype=getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])
+    )
     assert_same(lm.model, stock)
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -141,9 +145,7 @@ def test_a_resumed_run_reads_on(method: str, tmp_path: Path) -> None:
         lm = load(folder, lazy=True)
         store = RunFolder(tmp_path / "run", {})
         try:
-            lm = quantize_model_(
-                lm, plan, calibration=calibration(lm), store=store, progress=progress
-            )
+            lm = quantize_model_(lm, plan, calibration=calibration(lm), store=store, progress=progress)
         except KeyboardInterrupt:
             continue
     whole = load(folder)
@@ -194,7 +196,9 @@ def test_a_tensor_that_does_not_fit_is_named(value: torch.Tensor, tmp_path: Path
 def test_what_is_not_of_the_model_does_not_matter(tmp_path: Path) -> None:
     tiny.saved(tmp_path)
     whole = load(str(tmp_path))
-    rewrite(tmp_path, lambda each: each.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    rewrite(
+        tmp_path, lambda each: each.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
     lm = load(str(tmp_path), lazy=True)
     assert lm.unread is not None
     lm.read_(lm.model)
@@ -242,8 +246,16 @@ def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_a_model_is_quantized_in_less_memory_than_it_takes(tmp_path: Path) -> None:
-    sizes = {**SIZES, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 32, "vocab_size": 8192}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes, "num_attention_heads": 12}))
+    sizes = {
+        **SIZES,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 32,
+        "vocab_size": 8192,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", **sizes, "num_attention_heads": 12})
+    )
     paths = ["--work", tmp_path, "--out", tmp_path / "out.md", "--json", tmp_path / "out.json"]
     plans = ["--plans", "int4-g128:rtn,w4a8-g128:rtn", "--windows", 2, "--length", 64]
     command = [sys.executable, BENCHMARK, tmp_path / "config.json", *plans, *paths]
