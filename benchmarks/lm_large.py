@@ -138,17 +138,22 @@ def table(rows: list[dict[str, Any]], floats: int, options: argparse.Namespace) 
         sizes = " | ".join(f"{each / 1e9:.2f}" for each in (floats, row["disk"], row["peak"], row["before"]))
         lines.append(f"| {row['plan']} | {sizes} | {row['seconds']:.0f} |")
     machine, versions = machine_info(), package_versions()
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`python benchmarks/lm_large.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, "
-            f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}: sizes of {options.config}, "
-            f"random bfloat16 weights, `rlquant quantize` on the CPU; calibrated methods read {options.windows} x "
-            f"{options.length} tokens. Peak: VmHWM of the process, mapped pages of files included.",
-            "",
-        ]
+    layers = f" with {options.layers} layers" if options.layers else ""
+    read = (
+        f" Calibrated plans read {options.windows} x {options.length} tokens." if calibrated(options) else ""
     )
+    note = (
+        f"`python benchmarks/lm_large.py {options.config} --plans {options.plans}`, {datetime.date.today()}, "
+        f"{machine['processor']}, threads: {torch.get_num_threads()}, torch {versions['torch']}: sizes of "
+        f"{options.config}{layers}, random bfloat16 weights, `rlquant quantize` on the CPU.{read} Peak: VmHWM of the "
+        "process, mapped pages of files included.\n"
+    )
+    return "\n".join([*lines, "", note])
+
+
+def calibrated(options: argparse.Namespace) -> bool:
+    """Whether any plan reads text."""
+    return any(Plan.parse(*plan.split(":")).needs_calibration for plan in options.plans.split(","))
 
 
 def main() -> int:

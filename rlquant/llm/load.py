@@ -38,7 +38,7 @@ def load(
         trust: run code that comes with the model, and read pickled weights.
         lazy: leave float weights in their safetensors files where that can be, for
             :func:`~rlquant.llm.quantize.quantize_model_` to read them block by block; nothing else can compute with
-            such a model. On the CPU.
+            such a model. Only where ``device`` is the CPU.
 
     Raises:
         InputError: there is no such source, it is damaged, or of a kind that cannot be read; a package is missing.
@@ -98,7 +98,11 @@ def _floats(
 ) -> LanguageModel:
     """A float model of a folder or a Hub id; its weights stay in a folder where one is given and that can be."""
     tokenizer = tokenizer_of(name, **options)
-    if unread_in is not None and not {"auto_map", "quantization_config"} & read_config(unread_in).keys():
+    if (
+        unread_in is not None
+        and device == "cpu"
+        and not {"auto_map", "quantization_config"} & read_config(unread_in).keys()
+    ):
         from rlquant.llm.unread import open_unread
 
         unread = open_unread(unread_in, dtype)
