@@ -147,7 +147,7 @@ def run_quantize_language(options: LanguageQuantizeOptions) -> None:
             "(text, or JSONL of text, chats or preference pairs)"
         )
     device = device_named(options.device)
-    lm = load(options.source, dtype=options.dtype, trust=options.trust)
+    lm = load(options.source, dtype=options.dtype, trust=options.trust, lazy=True)
     tokens = None
     if plan.needs_calibration and options.calibration is not None:
         tokens = calibration_windows(
@@ -212,7 +212,7 @@ def run_bench_language(options: LanguageBenchOptions) -> None:
     for precision, _ in settings.rows():
         model = at_precision(lm, precision)
         size = weight_bytes(model.model)
-        runtime = accelerate_(model, settings.reference)
+        runtime = accelerate_(model, settings.reference, precision)
         simulated = precision not in DTYPES and runtime == "torch"
         for batch in settings.generate:
             timed = time_generation(
@@ -244,9 +244,9 @@ def _texts(
     from rlquant.llm.calibration import calibration_windows, windows_of
     from rlquant.llm.data import read_pairs, read_text
     from rlquant.llm.evaluate import Texts
-    from rlquant.llm.quantize import Plan
     from rlquant.llm.settings import KV
     from rlquant.llm.text import Windows
+    from rlquant.llm.versions import plan_of
 
     if options.text is None:
         raise InputError(
@@ -256,7 +256,7 @@ def _texts(
     read = {"text": options.text.name}
     calibration = None
     plans = [
-        Plan.parse(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"
+        plan_of(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"
     ]
     if any(plan.needs_calibration for plan in plans):
         shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}

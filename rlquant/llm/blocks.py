@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.errors import InputError
-from rlquant.llm.model import decoder_of
+from rlquant.llm.model import LanguageModel, decoder_of
 from rlquant.quant import device_of
 
-__all__ = ["BlockStream", "OneBlock"]
+__all__ = ["BlockStream", "OneBlock", "blocks_in_turn"]
 
 
 class OneBlock(nn.Module):
@@ -39,11 +39,28 @@ class OneBlock(nn.Module):
         return result
 
 
+def blocks_in_turn(
+    lm: LanguageModel, device: str | torch.device, arguments: dict[int, dict[str, Any]] | None = None
+) -> Iterator[tuple[int, OneBlock]]:
+    """Each block on a device, with its number.
+
+    The block may be changed (quantized, in place of :attr:`OneBlock.block`) while it is at hand; it is put back into
+    the model, on the device it came from. Where the model's weights are unread, it is read only then.
+    """
+    layers = decoder_of(lm.model).layers
+    for index in range(len(layers)):
+        lm.read_(layers[index], f"model.layers.{index}")
+        home = device_of(layers[index])
+        one = OneBlock(layers[index].to(device), arguments or {})
+        yield index, one
+        layers[index] = one.block.to(home)
+
+
 class BlockStream:
     """Hidden states of calibration windows on their way through the blocks of a model.
 
     Args:
-        model: a causal LM, laid out as :func:`~rlquant.llm.model.decoder_of` says.
+        lm: its model is laid out as :func:`~rlquant.llm.model.decoder_of` says.
         tokens: int64 ``[windows, length]``.
         device: where blocks compute, one after the other.
         batch: windows that go through a block together.
@@ -53,31 +70,23 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: Any, tokens: Tensor, *, device: str | torch.device = "cpu", batch: int = 4
+        self, lm: LanguageModel, tokens: Tensor, *, device: str | torch.device = "cpu", batch: int = 4
     ) -> None:
-        self.model, self.device = model, torch.device(device)
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        self.lm, self.device = lm, torch.device(device)
+        kinds = set(getattr(lm.model.config, "layer_types", None) or ["full_attention"])
         if len(kinds) > 1:
             raise InputError(
-                f"{type(model).__name__} mixes blocks of {', '.join(sorted(kinds))}; one kind is supported"
+                f"{type(lm.model).__name__} mixes blocks of {', '.join(sorted(kinds))}; one kind is supported"
             )
         self._arguments: dict[int, dict[str, Any]] = {}
         shares = torch.split(tokens, batch)
         self.hidden = [self._enter(share) for share in shares]
 
     def blocks(self) -> Iterator[tuple[int, OneBlock]]:
-        """Each block on the device, with its number; afterwards the hidden states have passed it.
-
-        The block may be changed (quantized, in place of :attr:`OneBlock.block`) while it is at hand; it is put back
-        into the model, on the device it came from.
-        """
-        layers = decoder_of(self.model).layers
-        for index in range(len(layers)):
-            home = device_of(layers[index])
-            one = OneBlock(layers[index].to(self.device), self._arguments)
+        """See :func:`blocks_in_turn`; afterwards the hidden states have passed the block."""
+        for index, one in blocks_in_turn(self.lm, self.device, self._arguments):
             yield index, one
             self._pass(one)
-            layers[index] = one.block.to(home)
 
     def _pass(self, one: OneBlock) -> None:
         with torch.no_grad():
@@ -86,7 +95,8 @@ class BlockStream:
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """What the first block is called with."""
-        decoder = decoder_of(self.model)
+        decoder = decoder_of(self.lm.model)
+        self.lm.read_(decoder.embed_tokens, "model.embed_tokens")
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,7 +114,7 @@ class BlockStream:
         args, kwargs = seen[0]
         if len(args) != 1:
             raise InputError(
-                f"{type(self.model).__name__} calls its blocks with {len(args)} arguments, not with one"
+                f"{type(self.lm.model).__name__} calls its blocks with {len(args)} arguments, not with one"
             )
         self._arguments.setdefault(
             len(tokens), {key: value for key, value in kwargs.items() if key != "past_key_values"}

@@ -76,7 +76,12 @@ def empty_model(folder: Path, dtype: str) -> Any:
 
 
 def remake_buffers(model: Any) -> None:
-    """Buffers that no checkpoint holds, rotary frequencies, come from the constructor of their module."""
+    """Buffers that no checkpoint holds: rotary frequencies come from the constructor of their module, the factor of
+    Gemma's embedding from its attribute."""
     for name, part in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+        if not any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+            continue
+        if hasattr(part, "scalar_embed_scale"):
+            part.embed_scale = torch.tensor(part.scalar_embed_scale, dtype=part.embed_scale.dtype)
+        else:
             model.set_submodule(name, type(part)(model.config))

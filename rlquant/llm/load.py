@@ -25,7 +25,9 @@ ARTIFACT = "rlquant.json"
 _READERS = ("gptq", "awq", "compressed-tensors")
 
 
-def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool = False) -> LanguageModel:
+def load(
+    source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool = False, lazy: bool = False
+) -> LanguageModel:
     """Load a causal language model.
 
     Args:
@@ -34,6 +36,9 @@ def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool =
         dtype: of what is not quantized: ``fp32``, ``bf16`` or ``fp16``.
         device: where it goes.
         trust: run code that comes with the model, and read pickled weights.
+        lazy: leave float weights in their safetensors files where that can be, for
+            :func:`~rlquant.llm.quantize.quantize_model_` to read them block by block; nothing else can compute with
+            such a model. Only where ``device`` is the CPU.
 
     Raises:
         InputError: there is no such source, it is damaged, or of a kind that cannot be read; a package is missing.
@@ -42,7 +47,7 @@ def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool =
         raise unknown_name("dtype", dtype, DTYPES)
     path = Path(source).expanduser()
     if not path.exists():
-        return _from_hub(source, dtype, device, trust)
+        return _from_hub(source, dtype, device, trust, lazy)
     gguf = _gguf_file(path)
     if gguf is not None:
         return _from_gguf(gguf, dtype, device)
@@ -58,8 +63,8 @@ def load(source: str, *, dtype: str = "bf16", device: str = "cpu", trust: bool =
     quantized = config.get("quantization_config")
     if quantized is not None:
         return _from_checkpoint(path, quantized, dtype, device)
-    model = _pretrained(str(path), dtype, trust)
-    return LanguageModel(model.to(device), tokenizer_of(str(path)), source, dtype, sha256=_weights_hash(path))
+    lm = _floats(str(path), path if lazy else None, dtype, device, trust)
+    return lm.but(source=source, sha256=_weights_hash(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,19 +93,42 @@ def transformers_module() -> Any:
     return transformers
 
 
+def _floats(
+    name: str, unread_in: Path | None, dtype: str, device: str, trust: bool, **options: Any
+) -> LanguageModel:
+    """A float model of a folder or a Hub id; its weights stay in a folder where one is given and that can be."""
+    tokenizer = tokenizer_of(name, **options)
+    if (
+        unread_in is not None
+        and device == "cpu"
+        and not {"auto_map", "quantization_config"} & read_config(unread_in).keys()
+    ):
+        from rlquant.llm.unread import open_unread
+
+        unread = open_unread(unread_in, dtype)
+        if unread is not None:
+            return LanguageModel(unread.model, tokenizer, name, dtype, unread=unread)
+    model = _pretrained(name, dtype, trust, **options)
+    return LanguageModel(model.to(device), tokenizer, name, dtype)
+
+
 def _pretrained(name: str, dtype: str, trust: bool, **options: Any) -> Any:
     transformers = transformers_module()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[dtype],
             trust_remote_code=trust,
             use_safetensors=None if trust else True,
+            output_loading_info=True,
             **options,
-        ).eval()
+        )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise InputError(f"{name} cannot be loaded as a causal language model: {first}") from None
+    if found["missing_keys"]:  # transformers fills them with random numbers
+        raise InputError(f"{name} is incomplete: the tensor {min(found['missing_keys'])} is missing")
+    return model.eval()
 
 
 def tokenizer_of(name: str, **options: Any) -> Any:
@@ -111,13 +139,39 @@ def tokenizer_of(name: str, **options: Any) -> Any:
         return None
 
 
-def _from_hub(source: str, dtype: str, device: str, trust: bool) -> LanguageModel:
+def _from_hub(source: str, dtype: str, device: str, trust: bool, lazy: bool) -> LanguageModel:
     if not is_hub_id(source):
         raise InputError(f"{source} is no file or folder, and no Hub id such as Qwen/Qwen2.5-0.5B either")
     name, _, revision = source.partition("@")
     options = {"revision": revision} if revision else {}
-    model = _pretrained(name, dtype, trust, **options)
-    return LanguageModel(model.to(device), tokenizer_of(name, **options), source, dtype)
+    folder = _hub_folder(name, **options) if lazy else None
+    return _floats(name, folder, dtype, device, trust, **options).but(source=source)
+
+
+def _hub_folder(name: str, **options: Any) -> Path | None:
+    """Where the Hub's cache keeps a model, which is downloaded if it is not there; None without safetensors."""
+    transformers_module()
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    from rlquant.llm.checkpoints.shards import INDEX
+    from rlquant.llm.folders import WEIGHTS
+
+    def found(file: str) -> str | None:
+        path: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        return path
+
+    try:
+        config, _ = found("config.json"), found("generation_config.json")
+        if config is None:
+            return None
+        if found(WEIGHTS) is None:
+            index = found(INDEX)
+            if index is None:
+                return None
+            get_checkpoint_shard_files(name, index, **options)
+    except (OSError, ValueError):
+        return None  # what from_pretrained says about it
+    return Path(config).parent
 
 
 def _gguf_file(path: Path) -> Path | None:

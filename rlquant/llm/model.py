@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from rlquant.errors import InputError
 from rlquant.quant import Link, device_of
+
+if TYPE_CHECKING:
+    from rlquant.llm.unread import UnreadWeights
 
 __all__ = ["LanguageModel", "block_links", "decoder_blocks", "decoder_of"]
 
@@ -26,6 +30,8 @@ class LanguageModel:
         precision: ``fp32``, ``bf16``, ``fp16`` or the name of a scheme.
         method: how it was quantized; ``none`` for floats.
         sha256: of the weight files, in hexadecimal; empty where the source is no local file.
+        unread: float weights that are still in their files, on the meta device in ``model``; None where there are
+            none.
     """
 
     model: Any
@@ -34,6 +40,7 @@ class LanguageModel:
     precision: str
     method: str = "none"
     sha256: str = ""
+    unread: UnreadWeights | None = None
 
     @property
     def parameters(self) -> int:
@@ -43,7 +50,12 @@ class LanguageModel:
     @property
     def device(self) -> Any:
         """Where its inputs belong."""
-        return device_of(self.model)
+        return device_of(self.model) if self.unread is None else torch.device("cpu")
+
+    def read_(self, part: nn.Module, name: str = "") -> None:
+        """See to it that a part of the model, of this name there, is in memory."""
+        if self.unread is not None:
+            self.unread.read_(part, name)
 
     @property
     def vocabulary(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.errors import InputError
-from rlquant.llm.blocks import BlockStream, OneBlock
+from rlquant.llm.blocks import BlockStream, OneBlock, blocks_in_turn
 from rlquant.llm.model import LanguageModel, block_links, decoder_blocks, decoder_of
 from rlquant.quant import (
     Link,
@@ -117,10 +117,10 @@ def quantize_model_(
     """Quantize a language model in place and return it with its new precision.
 
     Each block sees its inputs as the blocks quantized before it make them. Only one block, and the windows on
-    their way, are on ``device`` at a time.
+    their way, are on ``device`` at a time; and where ``lm`` has unread weights, one block's are in memory.
 
     Args:
-        lm: the model, on any device.
+        lm: the model, on any device; it may have unread weights.
         plan: what becomes of it.
         calibration: int64 ``[windows, length]``, for plans that need it.
         device: where blocks are quantized; by default where the model is.
@@ -146,9 +146,10 @@ def quantize_model_(
         else:
             _restore_block(turn.one, plan, index, kept)
         progress(index + 1, count)
+    lm.read_(lm.model)
     apply_embedding_(lm.model, plan.embedding)
     keep_packed_(lm.model)
-    return lm.but(precision=plan.name, method=plan.method)
+    return lm.but(precision=plan.name, method=plan.method, unread=None)
 
 
 def prepare_(model: Any, plan: Plan) -> None:
@@ -175,6 +176,11 @@ def apply_embedding_(model: Any, scheme: Scheme, *, empty: bool = False) -> None
     if scheme.is_identity:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise InputError(
+            f"the embedding is a {type(embedding).__name__}, which does more than look up rows, so it cannot be "
+            "quantized: leave out '+embedding=…'"
+        )
     tied = head is not None and head.weight is embedding.weight
     table = QuantEmbedding(embedding, scheme).to(embedding.weight.device)
     if not empty:
@@ -203,16 +209,12 @@ def _blocks(
 ) -> Iterator[tuple[int, _Turn]]:
     if plan.needs_calibration:
         assert tokens is not None
-        stream = BlockStream(lm.model, tokens, device=device, batch=batch)
+        stream = BlockStream(lm, tokens, device=device, batch=batch)
         for index, one in stream.blocks():
             yield index, _Turn(one, stream.hidden)
         return
-    layers = decoder_of(lm.model).layers
-    for index in range(len(layers)):
-        home = device_of(layers[index])
-        one = OneBlock(layers[index].to(device), {})
+    for index, one in blocks_in_turn(lm, device):
         yield index, _Turn(one, [])
-        layers[index] = one.block.to(home)
 
 
 def _quantize_block(turn: _Turn, plan: Plan, index: int, calibration: Tensor | None) -> None:

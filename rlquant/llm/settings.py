@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlquant.errors import InputError, unknown_name
+from rlquant.llm.bitsandbytes import require_bitsandbytes
 from rlquant.llm.load import DTYPES
-from rlquant.llm.quantize import Plan
+from rlquant.llm.versions import LLM_INT8, can_do, plan_of
 from rlquant.quant import get_method
 
 __all__ = ["KV", "LanguageSettings"]
@@ -22,7 +23,7 @@ class LanguageSettings:
 
     Attributes:
         precisions: float dtypes, the first of which is the reference, and names of plans such as ``int4-g128`` or
-            ``nf4+embedding=int8``.
+            ``nf4+embedding=int8``, or ``llm-int8``: int8 weights and LLM.int8's int8 activations, by bitsandbytes.
         methods: of ``rlquant.quant.METHODS``; each precision is tried with each that can do it.
         window, stride, windows: see :class:`~rlquant.llm.text.Windows`; ``windows`` None takes the whole text.
         agreement_windows: over how many of them distributions are compared.
@@ -75,6 +76,8 @@ class LanguageSettings:
 
             stored_bits(self.cache)  # which refuses what is no scheme of a cache
         self.rows()
+        if LLM_INT8 in self.precisions:
+            require_bitsandbytes(LLM_INT8)
 
     @property
     def reference(self) -> str:
@@ -95,12 +98,13 @@ class LanguageSettings:
             if name in DTYPES:
                 rows.append((name, "none"))
                 continue
-            plan = Plan.parse(name)
+            plan = plan_of(name)
             if plan.scheme.is_identity:
                 raise unknown_name("precision", name, DTYPES)
-            able = [method for method in self.methods if _can(plan, method)]
+            able = [method for method in self.methods if can_do(name, method)]
             if not able:
                 get_method(self.methods[0]).check(plan.scheme)
+                raise InputError(f"{', '.join(self.methods)} cannot do {name}; rtn can")
             rows += [(name, method) for method in able]
         if self.cache is not None:
             rows[1:] = [(f"{name}{KV}{self.cache}", method) for name, method in [*rows, *rows[1:]]]
@@ -110,12 +114,3 @@ class LanguageSettings:
         """The ``settings`` of a results document."""
         lists = {name: list(getattr(self, name)) for name in ("precisions", "methods", "generate")}
         return {**asdict(self), **lists}
-
-
-def _can(plan: Plan, method: str) -> bool:
-    try:
-        for scheme in (plan.scheme, *plan.schemes.values()):
-            get_method(method).check(scheme)
-    except InputError:
-        return False
-    return True

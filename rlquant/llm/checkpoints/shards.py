@@ -10,30 +10,29 @@ import torch
 from torch import Tensor
 
 from rlquant.errors import InputError
+from rlquant.llm.folders import WEIGHTS
 
-__all__ = ["LayerTensors", "Shards"]
+__all__ = ["INDEX", "LayerTensors", "Shards"]
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class Shards:
-    """The tensors of a folder by name; each is read once.
+    """The tensors of a folder by name.
 
     Raises:
         InputError: there is no safetensors file, a shard is missing or a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         for path in _paths(folder):
-            try:
-                file: Any = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} is damaged or missing: {error}") from None
+            file = _open(path)
             self._files |= dict.fromkeys(file.keys(), file)
+            self._paths |= dict.fromkeys(file.keys(), path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -48,6 +47,24 @@ class Shards:
             raise InputError(f"{self.folder} is incomplete: the tensor {name} is missing")
         tensor: Tensor = self._files.pop(name).get_tensor(name)
         return tensor
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in memory of its own, which stays here.
+
+        Its file is opened and closed for it: pages of a file count as the process's memory while it is mapped.
+        """
+        with _open(self._paths[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.to(dtype, copy=True)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InputError where a tensor is no float of this shape, by the head of its file alone."""
+        entry = self._files[name].get_slice(name)
+        found, dtype = entry.get_shape(), entry.get_dtype()
+        if tuple(found) != shape or dtype not in _FLOATS:
+            raise InputError(
+                f"{name} does not fit the model's config.json: it is {dtype} {list(found)}, not a float {list(shape)}"
+            )
 
 
 class LayerTensors:
@@ -87,8 +104,20 @@ class LayerTensors:
         return scale
 
 
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged or missing: {error}") from None
+
+
 def _paths(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+    """As transformers chooses them; GPTQ's files have names of their own."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
     if index.exists():
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
