@@ -98,11 +98,11 @@ The peers' Pythons (GPTQModel 7.7 asks for torch 2.14.1, and works on 2.13):
 - compressed-tensors 0.18.0, 0.19.0 and 0.20.0 make a meta module whose zero points are unpacked, so transformers loads
   no asymmetric `pack-quantized` checkpoint, one that 0.20.0 wrote included; 0.15.0.1 and 0.17.1 read ours exactly.
 - w8a8: compressed-tensors' fake quantization adds the zero point before it rounds, `round(x / s + z)`; here, in torch's
-  fake quantization and in vLLM's int8 kernels it is `round(x * (1 / s)) + z`. In float32 the sum loses bits, so values
-  near the middle between two codes take the other one. That is all of the difference: computed as there, logits are met
-  to the bit. What so few codes do is the model's: round-to-nearest w8a8 of SmolLM2 amplifies whatever it is given, and
-  noise of a few units in the last place moves it as far from itself. Neither library is nearer to the float model. The
-  tiny test model is met to the bit at w8a8 either way.
+  fake quantization and in vLLM's int8 kernels (by their source) it is `round(x * (1 / s)) + z`. In float32 the sum
+  loses bits, so values near the middle between two codes take the other one; scales of w8a8-dynamic may also be off in
+  the last place. That is all of the difference: computed as there, logits are met to the bit. What so few codes lead
+  to is the model's doing: round-to-nearest w8a8 of SmolLM2 amplifies whatever it is given, and noise of a few units in
+  the last place moves it as far from itself. Neither library is nearer to the float model.
 - auto-gptq 0.7.1 loads a tied output layer only where it is in the file (else both are zero): `--to autogptq` writes
   it, `--to gptq` does not.
 """
