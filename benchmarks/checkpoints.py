@@ -5,7 +5,11 @@ file, and logits of the same tokens are compared with those
 
 - of the model that was written, in float32. GPTQ and AWQ round scales to float16;
 - of the same file read here;
-- of the same file read here, with its dense weights and biases rounded to float16, as GPTQModel's kernels do.
+- of the same file read here and computed as there: dense weights and biases rounded to float16, as GPTQModel's
+  kernels do; activations rounded as compressed-tensors does.
+
+Where activations are quantized, the model is also compared with itself under noise of 3e-7 on every layer's input,
+and both libraries with the float model.
 
 Writes ``checkpoints.json`` and ``checkpoints.md``.
 
@@ -33,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints_activations import NOISE, counted, noisy, rounded_as_there
 from numpy.typing import NDArray
 from torch import nn
 
@@ -92,11 +97,12 @@ The peers' Pythons (GPTQModel 7.7 asks for torch 2.14.1, and works on 2.13):
   nothing. Its own `GPTQModel.load` takes 16 bits alone and computes in them.
 - compressed-tensors 0.18.0, 0.19.0 and 0.20.0 make a meta module whose zero points are unpacked, so transformers loads
   no asymmetric `pack-quantized` checkpoint, one that 0.20.0 wrote included; 0.15.0.1 and 0.17.1 read ours exactly.
-- w8a8: activations are divided by their scale there and multiplied by its inverse here, so a value halfway between two
-  codes may take the other one (5 of 1.2 million random ones did). Layers before the first such value agree to the bit:
-  all of the tiny test model at w8a8, 24 linear layers of SmolLM2. What follows amplifies it where round-to-nearest w8a8
-  is itself far from the float model: in SmolLM2 by 16 in a logit, w8a8-dynamic by 5, whose own logits move by 2.9 when
-  the embedding is multiplied by 1 + 1e-6.
+- w8a8: compressed-tensors' fake quantization adds the zero point before it rounds, `round(x / s + z)`; here, in torch's
+  fake quantization and in vLLM's int8 kernels (by their source) it is `round(x * (1 / s)) + z`. In float32 the sum
+  loses bits, so values near the middle between two codes take the other one; scales of w8a8-dynamic may also be off in
+  the last place. That is all of the difference: computed as there, logits are met to the bit. What so few codes lead
+  to is the model's doing: round-to-nearest w8a8 of SmolLM2 amplifies whatever it is given, and noise of a few units in
+  the last place moves it as far from itself. Neither library is nearer to the float model.
 - auto-gptq 0.7.1 loads a tied output layer only where it is in the file (else both are zero): `--to autogptq` writes
   it, `--to gptq` does not.
 """
@@ -154,12 +160,28 @@ def half(lm: LanguageModel) -> LanguageModel:
     return lm
 
 
+def divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Kullback-Leibler, of the likeliest next tokens from a reference's: mean in nats a token."""
+    p, q = (torch.from_numpy(each).log_softmax(dim=-1) for each in (reference, other))
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
 def beside_file(folder: Path, tokens: NDArray[np.int64], theirs: NDArray[np.float32]) -> dict[str, Any]:
     """The file as it is read here, in float32, beside what the peer made of it."""
-    here, lm = load(str(folder), dtype="fp32"), load(str(folder), dtype="fp32")
-    rows = {"from the file": apart(logits(here, tokens), theirs)}
-    if lm.method != "compressed-tensors":
-        rows["from the file in float16"] = apart(logits(half(lm), tokens), theirs)
+
+    def here() -> LanguageModel:
+        return load(str(folder), dtype="fp32")
+
+    read = here()
+    plain = logits(read, tokens)
+    rows: dict[str, Any] = {"from the file": apart(plain, theirs)}
+    if read.method != "compressed-tensors":
+        rows["as there"] = apart(logits(half(read), tokens), theirs)
+    elif any(layer.scheme.activations for layer in read.model.modules() if isinstance(layer, QuantLinear)):
+        rows["as there"] = apart(logits(rounded_as_there(read), tokens), theirs)
+        rows["noise"] = [apart(logits(noisy(here(), seed), tokens), plain) for seed in range(2)]
+        rows["codes"] = counted(read := here())
+        logits(read, tokens)
     return rows
 
 
@@ -176,7 +198,11 @@ def written_row(
     theirs, told = peer.logits(folder, dtype, ids)
     row = {"format": form, "scheme": scheme, "reader": peer.name, "dtype": dtype, "bytes": size, **told}
     if theirs is not None:
-        row |= {"from the model": apart(logits(lm, tokens), theirs), **beside_file(folder, tokens, theirs)}
+        mine = logits(lm, tokens)
+        row |= {"from the model": apart(mine, theirs), **beside_file(folder, tokens, theirs)}
+        if "noise" in row:
+            reference = logits(load(model, dtype="fp32"), tokens)
+            row["from the float model"] = [divergence(reference, each) for each in (mine, theirs)]
     return row
 
 
@@ -202,6 +228,27 @@ def made_row(
     return row
 
 
+def activations_table(rows: list[dict[str, Any]]) -> list[str]:
+    """How much rounding matters where activations are quantized."""
+    if not rows:
+        return []
+    lines = [
+        "| scheme | codes that differ | top-1 equal, peer | computed as there | to itself under noise "
+        "| KL from the float model, here | peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        differ, every = row["codes"]
+        codes = f"{differ} of {every:,}" if every else "-"
+        noise = " and ".join(f"{each['top1_equal']:.1%}" for each in row["noise"])
+        near, far = row["from the float model"]
+        lines.append(
+            f"| {row['scheme']} | {codes} | {row['from the file']['top1_equal']:.1%} | "
+            f"{row['as there']['top1_equal']:.1%} | {noise} | {near:.4f} | {far:.4f} |"
+        )
+    return [*lines, f"\nNoise: {NOISE:g} of a value, on the inputs of all quantized layers; two seeds."]
+
+
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -209,7 +256,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['largest']:.1f}; {about['machine']}.",
         "",
         "| format | scheme | read by | largest difference of a logit to the model written | to the file read here "
-        "| to that with float16 weights | top-1 equal |",
+        "| to that computed as there | top-1 equal |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -217,10 +264,11 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {row['error']} | | | |")
             continue
-        rows_apart = [row.get(f"from the {what}") for what in ("model", "file", "file in float16")]
+        rows_apart = [row.get(what) for what in ("from the model", "from the file", "as there")]
         figures = " | ".join("-" if each is None else f"{each['max_abs']:.1e}" for each in rows_apart)
         top = next(each["top1_equal"] for each in rows_apart if each is not None)
         lines.append(f"| {row['format']} | {row['scheme']} | {reader} | {figures} | {top:.1%} |")
+    lines += ["", *activations_table([row for row in rows if "noise" in row])]
     versions: dict[str, dict[str, str]] = {}
     for row in rows:
         reader = "GPTQModel, as a maker" if row["reader"] == "rlquant" else row["reader"]

@@ -9,11 +9,14 @@
 - ``weight_g_idx`` int32 ``[K]``, where GPTQ's act-order dealt columns into groups.
 
 ``int-quantized``, for w8a8: ``weight`` int8 ``[N, K]``, ``weight_scale`` ``[N, 1]`` and, for static activations,
-``input_scale`` and ``input_zero_point`` ``[1]``.
+``input_scale`` and ``input_zero_point`` ``[1]``. Codes of activations are ``round(x * (1 / scale)) + zero_point``, as
+in vLLM's int8 kernels; compressed-tensors' own fake quantization adds the zero point before it rounds, in float32, and
+takes the other code for a few values in a million that lie halfway between two (``benchmarks/checkpoints.md``).
 
 Each scheme is a group of ``config_groups``, so layers may differ and some may stay floats.
 
-Source: compressed-tensors 0.20, ``compressors/pack_quantized`` and ``compressors/naive_quantized``.
+Source: compressed-tensors 0.20, ``compressors/pack_quantized``, ``compressors/naive_quantized`` and
+``quantization/lifecycle/forward_helpers``; vLLM, ``csrc/quantization/w8a8/int8/scaled_quant.cu``.
 """
 
 from __future__ import annotations
