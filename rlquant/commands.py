@@ -238,6 +238,7 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     from rich.console import Console
 
     from rlquant.report import (
+        gain_sentence,
         language_table,
         realtime_sentences,
         realtime_table,
@@ -250,8 +251,9 @@ def publish(folder: RunFolder, document: dict[str, Any]) -> None:
     folder.write("results.json", json.dumps(document, indent=1))  # last: its presence says that all is there
     console = Console(highlight=False)
     console.print(terminal_table(document, console.width))
-    for line in verdict_lines(document):
-        console.print(line)
+    for line in (gain_sentence(document), *verdict_lines(document)):
+        if line:
+            console.print(line)
     of_text = language_table(document)
     if of_text is not None:
         console.print()

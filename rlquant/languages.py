@@ -255,9 +255,7 @@ def _texts(
     ids = lm.tokens(read_text(options.text))
     read = {"text": options.text.name}
     calibration = None
-    plans = [
-        plan_of(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"
-    ]
+    plans = [plan_of(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"]
     if any(plan.needs_calibration for plan in plans):
         shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}
         if options.calibration is not None:

@@ -14,14 +14,15 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from rlquant.config import Section
 from rlquant.errors import InputError, missing_package, unknown_name
 from rlquant.llm.model import decoder_blocks
 from rlquant.quant import QuantLinear
@@ -36,55 +37,37 @@ __all__ = [
     "base_model",
     "checkpoint_blocks_",
     "load_adapter",
+    "lora_config",
     "save_adapter",
     "use_adapter",
 ]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_INITS = ("zero", "loftq")
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What an adapter is.
+class AdapterSettings(Section):
+    """What an adapter is."""
 
-    Attributes:
-        rank: of the product that is added to a layer's weight.
-        alpha: the product is scaled by ``alpha / rank``, or ``alpha / sqrt(rank)`` where ``rslora``.
-        dropout: share of a layer's inputs that its adapter does not see in training mode.
-        targets: ``all-linear``, the linear layers of the blocks (never the output layer), or their last names, such
-            as ``("q_proj", "v_proj")``.
-        dora: train the magnitude of each row apart from its direction (Liu et al. 2024).
-        rslora: see ``alpha`` (Kalajdzievski 2023).
-        init: ``zero``: the adapter starts as no change; ``loftq``: as what quantization lost, see
-            :func:`~rlquant.llm.loftq.init_loftq_`. With it the model with adapters off is not where training starts.
-        seed: of the initial values; together with the adapter's name, so that adapters differ.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
-    dora: bool = False
-    rslora: bool = False
-    init: str = "zero"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"an adapter's rank is at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise InputError(f"an adapter's alpha is positive, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"an adapter's dropout is at least 0 and below 1, not {self.dropout}")
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            raise InputError(
-                f"targets are all-linear or a list of layers' names such as [q_proj, v_proj], not {self.targets!r}"
-            )
-        if not self.targets:
-            raise InputError("targets are empty: name layers, or take all-linear")
-        if self.init not in _INITS:
-            raise unknown_name("init of adapters", self.init, _INITS)
+    rank: int = Field(16, ge=1, description="of the product that is added to a layer's weight")
+    alpha: float = Field(
+        32.0, gt=0, description="the product is scaled by alpha / rank, or alpha / sqrt(rank) where rslora"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of a layer's inputs that it does not see in training"
+    )
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear",
+        description="the linear layers of the blocks (never the output layer), or their last names: [q_proj, v_proj]",
+    )
+    dora: bool = Field(
+        False, description="train the magnitude of each row apart from its direction (Liu et al. 2024)"
+    )
+    rslora: bool = Field(False, description="see alpha (Kalajdzievski 2023)")
+    init: Literal["zero", "loftq"] = Field(
+        "zero",
+        description="loftq starts as what quantization lost: the base alone is not where training starts",
+    )
+    seed: int = Field(0, description="of the initial values; together with the adapter's name")
 
 
 def add_adapter(
@@ -107,17 +90,7 @@ def add_adapter(
     Raises:
         InputError: a target is unknown, the name is taken, peft is not installed, or weights are missing.
     """
-    config = _peft().LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=_targets(model, settings.targets),
-        use_dora=settings.dora,
-        use_rslora=settings.rslora,
-        task_type="CAUSAL_LM",
-    )
-    if settings.dora:
-        _refuse_dora(model)
+    config = lora_config(model, settings)
     if settings.init == "loftq" and weights is None:
         raise InputError("init loftq starts from what quantization lost: give the float weights too")
     with torch.random.fork_rng(devices=[]):
@@ -129,6 +102,29 @@ def add_adapter(
         assert weights is not None
         init_loftq_(model, name, weights)
     return model
+
+
+def lora_config(model: Any, settings: AdapterSettings) -> Any:
+    """PEFT's configuration of an adapter for a model, for trainers that put it on themselves.
+
+    Raises:
+        InputError: a target is unknown, DoRA cannot be, or peft is not installed.
+    """
+    from rlquant.llm.adapter_layer import BASE_LAYERS, AdapterLinear
+
+    config = _peft().LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings.targets),
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        task_type="CAUSAL_LM",
+    )
+    if settings.dora:
+        _refuse_dora(model)
+    config._register_custom_module(dict.fromkeys(BASE_LAYERS, AdapterLinear))
+    return config
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

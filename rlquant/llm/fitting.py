@@ -46,14 +46,17 @@ def _of_length(workload: Workload, seq: int) -> Workload:
     return replace(workload, seq=seq, completion=completion)
 
 
-def require_fit(plan: MemoryPlan, card: Card) -> None:
-    """Raises InputError with the plan's numbers and the largest settings that fit, where the plan does not."""
+def require_fit(plan: MemoryPlan, card: Card, knobs: tuple[str, str] = ("--batch ", "--seq ")) -> None:
+    """Raises InputError with the plan's numbers and the largest settings that fit, where the plan does not.
+
+    ``knobs`` are what stands before a batch and before a length that fit.
+    """
     if fits(plan, card):
         return
     model, precision, workload = plan.model, plan.precision, plan.workload
     batch = largest(model, precision, workload, card, "batch")
     seq = largest(model, precision, workload, card, "seq")
-    ways = ([f"--batch {batch}"] if batch else []) + ([f"--seq {seq}"] if seq else [])
+    ways = ([f"{knobs[0]}{batch}"] if batch else []) + ([f"{knobs[1]}{seq}"] if seq else [])
     advice = f"this fits: {' or '.join(ways)}" if ways else "no batch and no length fits"
     raise InputError(
         f"{workload.task} of {model.name} in {precision.name} with {workload.batch} x {workload.seq} tokens needs "

@@ -6,11 +6,13 @@ from rlquant.report.language import generation_table, language_table
 from rlquant.report.realtime import realtime_sentences, realtime_table
 from rlquant.report.table import terminal_table, verdict_lines
 from rlquant.report.tuning import front_table, sensitivity_table
+from rlquant.report.wording import gain_sentence
 
 __all__ = [
     "bench_lines",
     "bench_table",
     "front_table",
+    "gain_sentence",
     "generation_table",
     "language_table",
     "realtime_sentences",

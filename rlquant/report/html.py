@@ -21,6 +21,7 @@ from rlquant.report.wording import (
     UNDEFINED,
     bytes_text,
     findings,
+    gain_sentence,
     interval_text,
     number_text,
     percent_text,
@@ -69,6 +70,7 @@ def render_report(document: dict[str, Any]) -> str:
     return environment.from_string(_asset("template.html.jinja")).render(
         document=document,
         words=words(document),
+        gain=gain_sentence(document),
         findings=findings(document),
         rows=list(zip(rows, row_labels(rows), [row_verdict(document, row) for row in rows], strict=True)),
         drawn=drawn,

@@ -16,6 +16,7 @@ __all__ = [
     "Words",
     "bytes_text",
     "findings",
+    "gain_sentence",
     "interval_text",
     "is_reference",
     "number_text",
@@ -33,11 +34,12 @@ UNDEFINED = "\u2013"
 
 @dataclass(frozen=True)
 class Words:
-    """What a kind of subject calls its score, what it may lose, and one sample of it."""
+    """What a kind of subject calls its score, what it may lose, one sample of it, and what scores nothing."""
 
     score: str
     kept: str
     sample: str
+    floor: str = "random"
 
 
 _WORDS = {
@@ -58,8 +60,27 @@ class Finding:
 
 
 def words(document: dict[str, Any]) -> Words:
-    """The vocabulary of the document's subject."""
+    """The vocabulary of the document's subject, or of what it learned."""
+    gain = document.get("gain")
+    if gain:
+        return Words(score="score", kept="gain", sample=gain["sample"], floor="base")
     return _WORDS[document["subject"]["kind"]]
+
+
+def gain_sentence(document: dict[str, Any]) -> str:
+    """What fine-tuning changed, with its interval; empty where nothing was learned."""
+    gain = document.get("gain")
+    if not gain:
+        return ""
+    count = len(document["rows"][0]["score"]["episodes"])
+    notes = "".join(
+        f"; {name.replace('_', ' ')} {number_text(before)} to {number_text(after)}"
+        for name, (before, after) in gain["notes"].items()
+    )
+    return (
+        f"{document['settings']['task'].upper()}: {gain['score']}, {gain['base']:.3f} before and {gain['tuned']:.3f} "
+        f"after, {gain['difference']:+.3f} {interval_text(gain['ci'])} over {count} held-out {gain['sample']}s{notes}."
+    )
 
 
 def is_reference(document: dict[str, Any], row: Row) -> bool:
@@ -157,7 +178,7 @@ def _finding(document: dict[str, Any], row: Row, label: str) -> Finding:
         headline = (
             f"{label} LOSES {percent_text(1 - value)} of the {kept}"
             if value > 0
-            else f"{label} LOSES ALL of the {kept}: no better than random"
+            else f"{label} LOSES ALL of the {kept}: no better than {words(document).floor}"
         )
     elif verdict == "undecided":
         headline = f"{label} is undecided: it keeps about {percent_text(value)} of the {kept}"
@@ -190,7 +211,7 @@ def _score_sentence(document: dict[str, Any], row: Row) -> str:
     if base is not None:
         text += f" against {number_text(base['score']['mean'])} in {reference['precision']}"
     if reference["random_score"] is not None:
-        text += f" (random: {number_text(reference['random_score'])})"
+        text += f" ({term.floor}: {number_text(reference['random_score'])})"
     n = len(row["score"]["episodes"])
     return f"{text}, over {n} {term.sample}{'s' if n != 1 else ''}."
 

@@ -1,0 +1,200 @@
+"""Scoring what a fine-tuning run learned, its samples and its card; the arithmetic is in ``outcome.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlquant.llm.adapters import active_adapter, adapter_parameters, save_adapter
+from rlquant.llm.backbone import Backbone, BaseSettings
+from rlquant.llm.calibration import windows_of
+from rlquant.llm.data import Pair, as_text
+from rlquant.llm.load import DTYPES
+from rlquant.llm.merge import MergeSettings, deployed, merged
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.outcome import Contender, Outcome
+from rlquant.llm.preferences import (
+    answer_distributions,
+    answer_log_probability,
+    answer_tokens,
+    pair_log_probabilities,
+)
+from rlquant.llm.training import ADAPTER
+from rlquant.measure import plain
+from rlquant.quant import weight_bytes
+from rlquant.runs import RunFolder
+
+__all__ = ["Scorer", "compare_models", "divergence_from_base", "pair_scorer", "text_scorer", "write_samples"]
+
+Row = Mapping[str, Any]
+Scores = tuple[NDArray[np.float64], dict[str, float]]
+Scorer = Callable[[LanguageModel], Scores]
+"""From a model to the score of each held-out row, and what else was measured by name."""
+
+_SAMPLES, _DIVERGENCES = 4, 16
+
+
+def compare_models(
+    run: RunFolder,
+    backbone: Backbone,
+    model: Any,
+    base: BaseSettings,
+    *,
+    scorer: Scorer,
+    task: str,
+    score: str,
+    sample: str,
+    merge: MergeSettings | None,
+    calibration: Sequence[Any] = (),
+) -> Outcome:
+    """Score base, tuned and merged models; save the adapter. Finished models are not scored again.
+
+    Args:
+        run: keeps the adapter, and finished scores for a resumed run.
+        backbone: what adapters were put on.
+        model: with the adapter.
+        base: what the backbone was made of.
+        scorer: see :data:`Scorer`.
+        task, score, sample: see :class:`~rlquant.llm.outcome.Outcome`.
+        merge: what becomes of the adapter; None merges nothing.
+        calibration: texts or conversations that quantization of the merged model looks at.
+    """
+    save_adapter(model, ADAPTER, run.path / "adapter")
+    lm = backbone.lm
+    tuned = lm.but(model=model.eval())
+    learned = sum(each.numel() * each.element_size() for each in adapter_parameters(model, ADAPTER).values())
+
+    def scored(
+        name: str, precision: str, method: str, make: Callable[[], LanguageModel], weights: int | None = None
+    ) -> Contender:
+        kept = run.piece(f"scores-{name}")
+        if kept is None:
+            candidate = make()
+            scores, notes = scorer(candidate)
+            kept = {
+                "scores": scores.tolist(),
+                "notes": plain(notes),
+                "weights": weight_bytes(candidate.model),
+            }
+            run.save_piece(f"scores-{name}", kept)
+        return Contender(precision, method, np.array(kept["scores"]), kept["weights"], kept["notes"])
+
+    with active_adapter(model, None):
+        before = scored("base", base.precision, "none", lambda: tuned, backbone.weights)
+    after = scored("tuned", f"{base.precision}+lora", task, lambda: tuned, backbone.weights + learned)
+    done = []
+    if merge is not None:
+        whole: list[LanguageModel] = []
+
+        def make(precision: str, method: str) -> LanguageModel:
+            if not whole:
+                whole.append(merged(base, run.path / "adapter", merge.onto))
+            if precision in DTYPES:
+                return whole[0].but(model=copy.deepcopy(whole[0].model).to(base.on, DTYPES[precision]))
+            own = whole[0].but(model=copy.deepcopy(whole[0].model))
+            windows = _windows(lm, calibration, merge)
+            return deployed(own, precision, method, windows, base.on)
+
+        for precision in merge.precisions:
+            for method in ("none",) if precision in DTYPES else merge.methods:
+                name = f"merged-{precision}-{method}"
+                done.append(scored(name, precision, method, partial(make, precision, method)))
+    return Outcome(task, score, sample, before, after, done)
+
+
+def pair_scorer(rows: Sequence[Row], longest: int) -> Scorer:
+    """1 where the chosen answer of a pair is likelier than the rejected one, else 0; the chosen ones' perplexity."""
+    pairs = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+
+    def score(lm: LanguageModel) -> Scores:
+        sums, lengths, _ = pair_log_probabilities(lm, pairs, longest)
+        perplexity = float(np.exp(-sums[:, 0].sum() / lengths[:, 0].sum()))
+        margin = float((sums[:, 0] - sums[:, 1]).mean())
+        return (sums[:, 0] > sums[:, 1]).astype(np.float64), {"perplexity": perplexity, "margin": margin}
+
+    return score
+
+
+def text_scorer(rows: Sequence[Row], longest: int) -> Scorer:
+    """Mean log-probability, in nats, of the tokens of each answer after its prompt, or of a text after its first."""
+
+    def score(lm: LanguageModel) -> Scores:
+        means, lengths = np.empty(len(rows)), np.empty(len(rows))
+        for number, row in enumerate(rows):
+            prompt, answer = _read(lm, row)
+            means[number] = answer_log_probability(lm, prompt, answer, longest) / len(answer)
+            lengths[number] = len(answer)
+        perplexity = float(np.exp(-(means * lengths).sum() / lengths.sum()))
+        return means, {"perplexity": perplexity}
+
+    return score
+
+
+def divergence_from_base(lm: LanguageModel, model: Any, rows: Sequence[Row], longest: int) -> float:
+    """Mean Kullback-Leibler divergence of the tuned model from its base over the answers of some rows, nats a token."""
+    total, count = 0.0, 0
+    both = lm.but(model=model.eval())
+    for row in rows[:_DIVERGENCES]:
+        prompt, answer = _read(lm, row)
+        tuned = answer_distributions(both, prompt, answer, longest)
+        with active_adapter(model, None):
+            base = answer_distributions(both, prompt, answer, longest)
+        total += float((tuned.exp() * (tuned - base)).sum().double())
+        count += len(answer)
+    return total / max(count, 1)
+
+
+def write_samples(
+    run: RunFolder, lm: LanguageModel, model: Any, rows: Sequence[Row], *, new_tokens: int = 64
+) -> str:
+    """Greedy answers of base and tuned model to the first held-out prompts, as ``samples.md``; its text."""
+    both = lm.but(model=model.eval())
+    lines = ["| prompt | base | tuned |", "|---|---|---|"]
+    for row in [row for row in rows if "prompt" in row][:_SAMPLES]:
+        prompt, _ = answer_tokens(lm, row["prompt"], "")
+        prompt = prompt[-(lm.longest - new_tokens) :]
+        tuned = _answered(both, prompt, new_tokens)
+        with active_adapter(model, None):
+            base = _answered(both, prompt, new_tokens)
+        lines.append(
+            "| " + " | ".join(_cell(text) for text in (as_text(row["prompt"], None), base, tuned)) + " |"
+        )
+    text = "\n".join(lines) + "\n"
+    run.write("samples.md", text)
+    return text
+
+
+def _answered(lm: LanguageModel, prompt: list[int], new_tokens: int) -> str:
+    ids = torch.tensor([prompt], device=lm.device)
+    with torch.no_grad():
+        made = lm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+        )
+    text: str = lm.tokenizer.decode(made[0, len(prompt) :], skip_special_tokens=True)
+    return text
+
+
+def _cell(text: str) -> str:
+    """Any text as one cell of a Markdown table, its beginning and its end where it is long."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
+
+
+def _read(lm: LanguageModel, row: Row) -> tuple[list[int], list[int]]:
+    """Tokens of what comes first and of what is scored."""
+    if "prompt" not in row:
+        tokens = lm.tokens(row["text"])
+        return tokens[:1], tokens[1:]
+    return answer_tokens(lm, row["prompt"], row["chosen"] if "chosen" in row else row["completion"])
+
+
+def _windows(lm: LanguageModel, shown: Sequence[Any], merge: MergeSettings) -> Tensor:
+    texts = [lm.tokens(as_text(each, lm.tokenizer)) for each in shown]
+    return windows_of(texts, windows=merge.windows, length=merge.length, seed=0, what="the run's data")

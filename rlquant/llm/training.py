@@ -1,0 +1,242 @@
+"""What every fine-tuning run shares, whichever trainer it uses: arguments, checkpoints, Ctrl-C and memory that ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import TrainerCallback
+
+from rlquant.config import Section
+from rlquant.errors import InputError
+from rlquant.llm.adapter_layer import named_as_peft_does
+from rlquant.llm.adapters import (
+    AdapterSettings,
+    adapter_parameters,
+    base_hash,
+    lora_config,
+)
+from rlquant.llm.architecture import read_architecture
+from rlquant.llm.backbone import BaseSettings
+from rlquant.llm.cards import Card
+from rlquant.llm.fitting import require_fit
+from rlquant.llm.learning_rate import check_learning_rate
+from rlquant.llm.memory import Workload, plan_memory
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.precision import Precision
+from rlquant.runs import RunFolder
+
+__all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "trainer_arguments"]
+
+ADAPTER = "default"
+"""The name that PEFT gives to a trainer's only adapter."""
+
+
+class TrainSettings(Section):
+    """How it is learned."""
+
+    lr: float = Field(1e-5, gt=0, description="the learning rate at its height")
+    epochs: float = Field(1.0, gt=0, description="passes through the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch: int = Field(4, ge=1, description="rows that go through the model together")
+    accumulate: int = Field(4, ge=1, description="batches for each step of the optimizer")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = Field("adamw", description="the paged one needs a GPU")
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpointing: bool = Field(
+        True, description="recompute activations: a third more work, much less memory"
+    )
+    save_every: int = Field(50, ge=1, description="steps from checkpoint to checkpoint")
+    log_every: int = Field(10, ge=1)
+    report: Literal["none", "tensorboard", "wandb"] = "none"
+    seed: int = 0
+
+
+def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolder) -> dict[str, Any]:
+    """Arguments of a trainer of transformers or TRL.
+
+    Raises:
+        InputError: the optimizer needs a GPU that is not there, or what reports is not installed.
+    """
+    device, dtype = base.on, base.computes_in
+    if settings.optimizer == "paged_adamw_8bit" and device.type != "cuda":
+        raise InputError("train.optimizer = 'paged_adamw_8bit' needs a CUDA device: take adamw")
+    _check_report(settings.report)
+    return {
+        "output_dir": str(_checkpoints(run)),
+        "learning_rate": settings.lr,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.steps or -1,
+        "per_device_train_batch_size": settings.batch,
+        "gradient_accumulation_steps": settings.accumulate,
+        "warmup_steps": settings.warmup,  # a share, where it is below 1
+        "lr_scheduler_type": settings.schedule,
+        "optim": {"adamw": "adamw_torch"}.get(settings.optimizer, settings.optimizer),
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "use_cpu": device.type == "cpu",
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "save_total_limit": 2,
+        "logging_steps": settings.log_every,
+        "report_to": settings.report,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+    }
+
+
+def require_memory(
+    task: str, base: BaseSettings, train: TrainSettings, *, seq: int, rank: int, completion: int | None = None
+) -> None:
+    """Refuse what cannot fit on the GPU, before anything loads; what the planner does not know is not refused.
+
+    Raises:
+        InputError: with the plan's numbers and the largest batch and length that fit.
+    """
+    if base.on.type != "cuda":
+        return
+    properties = torch.cuda.get_device_properties(base.on)
+    card = Card(properties.name, properties.total_memory, properties.major)
+    optimizer = "adamw" if train.optimizer == "adamw" else "adamw8bit"
+    work = Workload(
+        task=task,
+        batch=train.batch,
+        seq=seq,
+        completion=completion,
+        rank=rank,
+        optimizer=optimizer,
+        checkpointing=train.checkpointing,
+    )
+    try:
+        model = read_architecture(base.source)
+        precision = Precision.parse(base.precision, dtype=base.computes_in)
+    except InputError:
+        return
+    require_fit(plan_memory(model, precision, work, card), card, ("train.batch=", "data.max_length="))
+
+
+def adapted(trainer: type[Any], lm: LanguageModel, settings: AdapterSettings, **arguments: Any) -> Any:
+    """A trainer of TRL whose model is ``lm`` with a new adapter.
+
+    The trainer puts the adapter on itself: given one, TRL would keep a second as the reference, which the base with
+    adapters off is already. It does not see a quantized model, whose adapters it would round to bfloat16.
+    """
+    config = lora_config(lm.model, settings)
+    with torch.random.fork_rng(devices=[]), named_as_peft_does(lm.model):
+        made = trainer(model=lm.model, peft_config=config, processing_class=lm.tokenizer, **arguments)
+    for parameter in adapter_parameters(made.model, ADAPTER).values():
+        assert parameter.dtype == torch.float32
+    return made
+
+
+def fit(trainer: Any, run: RunFolder, settings: TrainSettings) -> dict[str, Any]:
+    """Train, from the last whole checkpoint of the same settings where there is one.
+
+    Returns:
+        ``losses`` (step and loss of each log), ``base_sha256`` and ``seconds``.
+
+    Raises:
+        InputError: memory ran out (which knobs to turn), the disk is full, or the learning rate vanishes in the
+            adapters' dtype.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    check_learning_rate(trainer.model, ADAPTER, settings.lr)
+    before = base_hash(trainer.model)
+    stop = _StopAtCtrlC()
+    trainer.add_callback(stop)
+    try:
+        with stop.listening():
+            result = trainer.train(resume_from_checkpoint=_last_checkpoint(_checkpoints(run)))
+    except torch.OutOfMemoryError:
+        raise InputError(_out_of_memory(settings, _checkpoints(run))) from None
+    except OSError as error:
+        raise InputError(
+            f"a checkpoint cannot be written: {error.strerror or error}; free some space, then repeat the "
+            "command: it goes on after the last whole checkpoint"
+        ) from None
+    if stop.asked:
+        raise KeyboardInterrupt
+    if base_hash(trainer.model) != before:
+        raise RuntimeError("training changed the base, which must not happen")
+    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}
+
+
+class _StopAtCtrlC(TrainerCallback):
+    """The first Ctrl-C ends the step at hand with a checkpoint, the second one ends everything."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the signal for a while."""
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(*_: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            sys.stderr.write(
+                "\nrlquant: stopping after this step, with a checkpoint; again to stop at once\n"
+            )
+
+        try:
+            signal.signal(signal.SIGINT, ask)
+        except ValueError:  # not in the main thread, where no Ctrl-C arrives
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Of transformers' callbacks."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _checkpoints(run: RunFolder) -> Path:
+    """Where checkpoints of exactly these settings lie: those of others are never resumed."""
+    return run.path / "checkpoints" / run.fingerprint
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last one that was written to its end: the trainer's state is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _out_of_memory(settings: TrainSettings, checkpoints: Path) -> str:
+    ways = []
+    if settings.batch > 1:
+        half = settings.batch // 2
+        ways.append(f"train.batch={half} train.accumulate={settings.accumulate * settings.batch // half}")
+    if not settings.checkpointing:
+        ways.append("train.checkpointing=true")
+    if settings.optimizer == "adamw":
+        ways.append("train.optimizer=paged_adamw_8bit")
+    ways.append("a smaller data.max_length")
+    last = _last_checkpoint(checkpoints)
+    kept = f"; the last checkpoint is {last}" if last else ""
+    return f"the GPU's memory ran out: try {', or '.join(ways)} ('rlquant memory' plans it){kept}"
+
+
+def _check_report(name: str) -> None:
+    import importlib.util
+
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(f"train.report = {name!r} needs the package {name}: pip install {name}")
