@@ -1,9 +1,10 @@
 """What quantization costs a language model on WikiText-2, beside bitsandbytes.
 
-    python benchmarks/lm_quality.py MODEL --text test.txt --calibration valid.txt [--device cuda] [--out lm_quality.md]
+    python benchmarks/lm_quality.py MODEL --text test.txt --calibration valid.txt [--device cuda] [--only gptq,KV]
+        [--out lm_quality.md]
 
 MODEL is a folder, a GGUF file or a Hub id. Perplexities of all rows are over the same windows; change is against the
-reference's.
+reference's. Rows are kept in a JSON file beside the table; with ``--only`` the others stay as they were measured.
 """
 
 from __future__ import annotations
@@ -64,10 +65,17 @@ def bits_per_weight(model: torch.nn.Module) -> float:
 class Table:
     """Rows of results, printed as they come."""
 
-    def __init__(self, reference: LanguageModel, windows: Windows) -> None:
-        self.reference, self.windows = reference, windows
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, reference: LanguageModel, windows: Windows, kept: Path) -> None:
+        self.reference, self.windows, self.kept = reference, windows, kept
+        document = json.loads(kept.read_text()) if kept.exists() else {}
+        same = document.get("protocol") == self.protocol
+        self.rows: dict[str, dict[str, Any]] = document["rows"] if same else {}
         self.base = 0.0
+
+    @property
+    def protocol(self) -> str:
+        """What has to be the same for rows to stand in one table."""
+        return f"{self.reference.sha256} in {self.reference.precision}: {self.windows.protocol}"
 
     def add(
         self, name: str, lm: LanguageModel, *, bits: float | None, seconds: float, cache: Any = None
@@ -86,7 +94,8 @@ class Table:
             "bits": bits,
             "seconds": seconds,
         }
-        self.rows.append(row)
+        self.rows[name] = row | {"date": datetime.date.today().isoformat()}
+        self.kept.write_text(json.dumps({"protocol": self.protocol, "rows": self.rows}, indent=1) + "\n")
         print(json.dumps(row), flush=True)
 
 
@@ -134,13 +143,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int)
-    parser.add_argument("--only", help="a part of the names of rows")
+    parser.add_argument("--only", help="parts of the names of rows, by commas")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     reference = load(options.model, dtype=options.dtype, device=options.device)
     windows = Windows.of(reference.tokens(read_text(options.text)), options.window, limit=options.windows)
     tokens = calibration_windows(reference, options.calibration, windows=128, length=512)
-    table = Table(reference, windows)
+    table = Table(reference, windows, options.out.with_suffix(".json"))
     table.add(options.dtype, reference, bits=None, seconds=0.0)
     jobs: list[tuple[str, Callable[[], None]]] = []
     for name, method in PLANS:
@@ -154,7 +163,7 @@ def main() -> None:
     for scheme in CACHES:
         jobs.append((f"KV {scheme}", lambda scheme=scheme: cache_row(table, scheme)))
     for label, job in jobs:
-        if options.only is None or options.only in label:
+        if options.only is None or any(part in label for part in options.only.split(",")):
             try:
                 job()
             except Exception as error:  # one row that fails must not lose the others
@@ -187,14 +196,14 @@ def cache_row(table: Table, scheme: str) -> None:
 def write(table: Table, options: argparse.Namespace) -> None:
     """The table in Markdown."""
     lines = [
-        "| precision, method | bits a weight | perplexity | change | KL | same token | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| precision, method | bits a weight | perplexity | change | KL | same token | seconds | measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in table.rows:
+    for row in table.rows.values():
         bits = "" if row["bits"] is None else f"{row['bits']:.2f}"
         lines.append(
             f"| {row['name']} | {bits} | {row['perplexity']:.3f} | {100 * row['change']:+.2f}% | {row['kl']:.4f} | "
-            f"{100 * row['top1']:.1f}% | {row['seconds']:.1f} |"
+            f"{100 * row['top1']:.1f}% | {row['seconds']:.1f} | {row['date']} |"
         )
     machine = machine_info("cpu" if options.device == "cpu" else options.device)
     where = machine.get("gpu", machine["processor"])
@@ -202,7 +211,7 @@ def write(table: Table, options: argparse.Namespace) -> None:
         "",
         f"{table.reference.parameters:,} parameters in {options.dtype}; {options.text.name}: {table.windows.protocol}. "
         f"Calibrated on 128 windows of 512 tokens of {options.calibration.name}. "
-        f"{datetime.date.today().isoformat()}, {where}.",
+        f"{where}.",
     ]
     options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -132,7 +132,7 @@ class LanguageEvaluation:
                 store=_Blocks(self.folder, row.name),
             )
             size = weight_bytes(lm.model)
-            runtime = accelerate_(lm, self.settings.reference, row.precision)
+            runtime = accelerate_(lm, self.settings.reference, row.weights)
             losses = window_losses(
                 lm, windows, cache=row.cache(lm), done=lambda done: self.progress(row.name, done, wanted)
             )
