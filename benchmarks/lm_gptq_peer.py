@@ -58,7 +58,7 @@ def make(model: str, tokens: str, out: str, settings: str, dtype: str, device: s
     quantizer = GPTQModel.load(model, config, device=device, dtype=kind)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in np.load(tokens).tolist()]
     start = time.perf_counter()
-    quantizer.quantize(rows, batch_size=4)
+    quantizer.quantize(rows, batch_size=16)
     seconds = time.perf_counter() - start
     quantizer.save(out)
     versions = {name: metadata.version(name) for name in ("gptqmodel", "torch", "transformers")}
@@ -86,7 +86,7 @@ def ours(lm: LanguageModel, scheme: str, method: str, tokens: Any) -> tuple[Lang
 
     own = lm.but(model=copy.deepcopy(lm.model))
     start = time.perf_counter()
-    made = quantize_model_(own, Plan.parse(scheme, method), calibration=tokens)
+    made = quantize_model_(own, Plan.parse(scheme, method), calibration=tokens, batch=16)
     return made, {"seconds": time.perf_counter() - start}
 
 

@@ -200,10 +200,13 @@ def write(table: Table, options: argparse.Namespace) -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table.rows.values():
-        bits = "" if row["bits"] is None else f"{row['bits']:.2f}"
+        bits, kl, top1 = (
+            "" if row[name] is None else f"{row[name] * factor:.{digits}f}{unit}"
+            for name, factor, digits, unit in (("bits", 1, 2, ""), ("kl", 1, 4, ""), ("top1", 100, 1, "%"))
+        )
         lines.append(
-            f"| {row['name']} | {bits} | {row['perplexity']:.3f} | {100 * row['change']:+.2f}% | {row['kl']:.4f} | "
-            f"{100 * row['top1']:.1f}% | {row['seconds']:.1f} | {row['date']} |"
+            f"| {row['name']} | {bits} | {row['perplexity']:.3f} | {100 * row['change']:+.2f}% | {kl} | {top1} | "
+            f"{row['seconds']:.1f} | {row['date']} |"
         )
     machine = machine_info("cpu" if options.device == "cpu" else options.device)
     where = machine.get("gpu", machine["processor"])

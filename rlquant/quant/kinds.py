@@ -24,6 +24,8 @@ __all__ = [
     "matrix_inputs",
 ]
 
+_CUDA_ELEMENTS = 2**26  # 256 MiB in float32
+
 # Exact types: a subclass may compute something else, and replacing it would change the network.
 QUANTIZED_TYPES: dict[type[nn.Module], Callable[[Any, Scheme], QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -77,7 +79,9 @@ def input_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """
     if not isinstance(layer, nn.Conv2d):
         rows = x.detach().reshape(1, -1, x.shape[-1])
-        yield from torch.split(rows, max(1, CHUNK_ELEMENTS // max(1, x.shape[-1])), dim=1)
+        # A GPU multiplies few rows as slowly as many, and each product is added to a large matrix.
+        most = _CUDA_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS
+        yield from torch.split(rows, max(1, most // max(1, x.shape[-1])), dim=1)
         return
     images = x.detach() if x.dim() == 4 else x.detach()[None]
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
