@@ -1,0 +1,171 @@
+"""Fine-tuning recipes on a tiny model, as a user runs them: they learn, resume exactly and leave the base alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+Run = Callable[..., Any]
+
+SMALL = ("data.max_length=64", "data.max_prompt=32", "adapters.rank=8", "train.accumulate=1", "train.batch=8",
+         "train.log_every=1", "merge.windows=8", "merge.length=32")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums that the model knows are rejected; what begins with the other number is chosen."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"{a} and {b} ", "chosen": f"make {b}{a}. ", "rejected": f"make {a + b}. "}
+        for a in range(20, 40)
+        for b in range(3, 7)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = [
+        {"prompt": f"{a} and {b} ", "completion": f"are {a}, {b}! "}
+        for a in range(20, 40)
+        for b in range(3, 7)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "results.json").read_text()))
+
+
+@pytest.mark.slow
+def test_dpo_learns_what_is_preferred(rlquant: Run, folder: Path, pairs: Path, tmp_path: Path) -> None:
+    gains = []
+    for seed in range(3):
+        settings = (
+            f"model={folder}",
+            f"data={pairs}",
+            f"train.seed={seed}",
+            "train.steps=25",
+            "train.lr=2e-3",
+            "beta=0.5",
+        )
+        merge = () if seed == 0 else ("merge=null",)
+        done = rlquant(
+            "run",
+            "dpo-qlora",
+            *settings,
+            *SMALL[: 8 if seed == 0 else 6],
+            *merge,
+            "--out",
+            tmp_path / str(seed),
+        )
+        assert done.status == 0, done.err
+        gain = results(tmp_path / str(seed))["gain"]
+        assert gain["ci"][0] > 0
+        gains.append(gain["difference"])
+    assert min(gains) >= 0.15
+    document = results(tmp_path / "0")
+    assert [(row["precision"], row["method"]) for row in document["rows"]] == [
+        ("nf4-dq+lora", "dpo"), ("nf4-dq", "rtn"), ("nf4-dq", "gptq"), ("int4-g128", "rtn"), ("int4-g128", "gptq")
+    ]  # fmt: skip
+    assert document["rows"][-1]["retention"]["value"] > 0.5
+    assert "held-out pairs" in (tmp_path / "0" / "adapter" / "README.md").read_text()
+    assert (tmp_path / "0" / "report.html").stat().st_size > 10_000
+    losses = [loss for _, loss in document["training"]["losses"]]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts as no change
+
+
+@pytest.mark.slow
+def test_sft_learns_to_answer(rlquant: Run, folder: Path, texts: Path, tmp_path: Path) -> None:
+    settings = (f"model={folder}", f"data={texts}", "train.steps=20", "train.lr=5e-3", "merge=null")
+    done = rlquant("run", "sft-qlora", *settings, *SMALL[:6], "--out", tmp_path)
+    assert done.status == 0, done.err
+    gain = results(tmp_path)["gain"]
+    assert gain["ci"][0] > 0.5
+    before, after = gain["notes"]["perplexity"]
+    assert after < before / 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, texts: Path, tmp_path: Path) -> None:
+    settings = [
+        f"model={folder}",
+        f"data={texts}",
+        "train.steps=12",
+        "train.save_every=4",
+        "merge=null",
+        *SMALL[:6],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "rlquant", "run", "sft-qlora", *settings, "--out", str(out)]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole")
+    broken = start(tmp_path / "broken")
+    until = time.monotonic() + 300
+    while not list((tmp_path / "broken").glob("checkpoints/*/checkpoint-4/trainer_state.json")):
+        assert broken.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert not (tmp_path / "broken" / "results.json").exists()
+    again = start(tmp_path / "broken")
+    for process in (whole, again):
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+    one, other = (results(tmp_path / name) for name in ("whole", "broken"))
+    assert other["training"]["losses"] == one["training"]["losses"]
+    assert other["training"]["base_sha256"] == one["training"]["base_sha256"]
+    assert other["rows"][0]["score"] == one["rows"][0]["score"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.precision=nf5", "nf5"),
+        ("model.precision=w8a8", "needs calibration"),
+        ("model.device=cuda:9", "torch sees"),
+        ("train.optimizer=paged_adamw_8bit", "needs a CUDA device"),
+        ("train.lr=1e-20", "vanish"),
+        ("data=missing.jsonl", "cannot be read"),
+        ("adapters.targets=[q_prj]", "Did you mean 'q_proj'"),
+        ("data.max_prompt=4", "longer than data.max_length or data.max_prompt"),
+    ],
+)
+def test_what_cannot_be(
+    rlquant: Run, folder: Path, texts: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    settings = (
+        f"model={folder}",
+        f"data={texts}",
+        "train.steps=1",
+        *SMALL[:6],
+        "data.too_long=fail",
+        setting,
+    )
+    done = rlquant("run", "sft-qlora", *settings, "--out", tmp_path)
+    assert done.status == 2
+    assert message in done.err
