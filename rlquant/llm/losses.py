@@ -87,11 +87,11 @@ def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: flo
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float = 1.0, trace: float = 0.95
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantages and the returns that the critic learns, ``[batch, tokens]`` each, without gradients.
 
-    ``A_t = sum_l (discount * trace)^l delta_(t+l)``, ``delta_t = r_t + discount V_(t+1) - V_t``; the state after the
+    ``A_t = sum_l (gamma lambda)^l delta_(t+l)``, ``delta_t = r_t + gamma V_(t+1) - V_t``; the state after the
     last token is terminal, of value 0. A return is ``A_t + V_t``.
     """
     rewards, values = rewards.detach(), values.detach()
@@ -100,8 +100,8 @@ def gae(
     following, later = zero, zero
     for t in range(rewards.shape[1] - 1, -1, -1):
         counts = mask[:, t].bool()
-        delta = rewards[:, t] + discount * following - values[:, t]
-        later = torch.where(counts, delta + discount * trace * later, zero)
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        later = torch.where(counts, delta + gamma * gae_lambda * later, zero)
         following = torch.where(counts, values[:, t], zero)
         advantages[:, t] = later
     return advantages, torch.where(mask.bool(), advantages + values, 0.0)

@@ -83,10 +83,14 @@ class Roles:
             self.heads[role] = ScoreHead(self._size, seed=seed).to(self.lm.device)
 
     def load(self, role: str, folder: str | Path, *, trainable: bool = False) -> None:
-        """Take a role's adapter from a folder; a reward model has a head too, see
-        :func:`~rlquant.llm.reward_model.load_reward_model`."""
+        """Take a role's adapter from a folder; a critic's head starts at zero.
+
+        A reward model has a head in its folder, see :func:`~rlquant.llm.reward_model.load_reward_model`.
+        """
         self._check(role)
         self._took(load_adapter(self.model, role, folder, trainable=trainable))
+        if role == "critic":
+            self.heads[role] = ScoreHead(self._size, seed=None).to(self.lm.device)
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """What is trained for a role, by name: its adapter's parameters and its head's."""

@@ -70,25 +70,25 @@ def test_whiten(batch: tuple[np.random.Generator, Array], shift: bool) -> None:
 
 @given(batches(), st.floats(0.5, 1.0), st.floats(0.0, 1.0))
 def test_gae_is_the_sum_of_equation_16(
-    batch: tuple[np.random.Generator, Array], discount: float, trace: float
+    batch: tuple[np.random.Generator, Array], gamma: float, lam: float
 ) -> None:
     rng, mask = batch
     rewards, values = rng.normal(size=(2, *mask.shape))
     advantages = np.zeros(mask.shape)
     for row, length in enumerate(mask.sum(axis=1)):
         v = [*values[row, :length], 0.0]  # the state after the last token is terminal
-        deltas = [rewards[row, t] + discount * v[t + 1] - v[t] for t in range(length)]
+        deltas = [rewards[row, t] + gamma * v[t + 1] - v[t] for t in range(length)]
         for t in range(length):
-            advantages[row, t] = sum((discount * trace) ** k * deltas[t + k] for k in range(length - t))
+            advantages[row, t] = sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t))
     dirty = np.where(mask, values, 99.0)
-    found, returns = gae(*tensors(np.where(mask, rewards, 7.0), dirty, mask), discount=discount, trace=trace)
+    found, returns = gae(*tensors(np.where(mask, rewards, 7.0), dirty, mask), gamma=gamma, gae_lambda=lam)
     close(found, advantages)
     close(returns, np.where(mask, advantages + values, 0.0))
 
 
-def test_gae_with_a_full_trace_is_the_reward_to_go() -> None:
+def test_gae_with_lambda_one_is_the_reward_to_go() -> None:
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.3, -0.2, 0.9]])
-    _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), discount=1.0, trace=1.0)
+    _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, gae_lambda=1.0)
     torch.testing.assert_close(returns, torch.tensor([[7.0, 6.0, 4.0]]))
 
 
