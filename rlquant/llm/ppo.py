@@ -50,6 +50,7 @@ from rlquant.llm.training_state import load_state, save_state
 __all__ = ["PPO", "PPOSettings"]
 
 _TRAINED = ("policy", "critic")
+_MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl")
 
 
 class PPO:
@@ -106,6 +107,7 @@ class PPO:
         checkpoint: str | Path | None = None,
         every: int = 10,
         progress: Callable[[int, dict[str, float]], None] = lambda _step, _metrics: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train until the last step, from the checkpoint on if there is one.
 
@@ -114,6 +116,7 @@ class PPO:
                 is, and the same call goes on from there with the same numbers as if nothing had happened.
             every: so many steps.
             progress: called after each step with its number, from 1, and its metrics.
+            stop: asked after each step (a Ctrl-C, say); True writes the checkpoint and returns.
 
         Raises:
             InputError: the reward function failed, the base was changed, or the checkpoint is of another run.
@@ -124,8 +127,11 @@ class PPO:
         while self.step < self.settings.steps:
             metrics = self.train_step()
             progress(self.step, metrics)
-            if path is not None and (self.step % every == 0 or self.step == self.settings.steps):
+            stopping = stop()
+            if path is not None and (stopping or self.step % every == 0 or self.step == self.settings.steps):
                 self.save(path)
+            if stopping:
+                break
         if self.roles.base_hash() != self._base:
             raise InputError("the base was changed during the run, which adapters alone should do without")
 
@@ -241,37 +247,36 @@ class PPO:
 
     def _update(self, experience: Experience) -> dict[str, float]:
         settings = self.settings
-        sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "approx_kl"), 0.0)
-        first, steps = 0.0, 0
+        lengths = experience.rollout.completed.sum(dim=1).cpu()
         self._set_learning_rates()
+        steps = []
         for epoch in range(settings.epochs):
-            order = self._order(epoch, settings.batch)
-            for rows in torch.split(order, settings.minibatch):
-                found = self._optimize(experience, rows)
-                first = first if steps else found["largest"]
-                for name in sums:
-                    sums[name] += found[name]
-                steps += 1
-        return {name: total / steps for name, total in sums.items()} | {"first_ratio": first}
+            for rows in torch.split(self._order(epoch, settings.batch), settings.minibatch):
+                steps.append(self._optimize(experience, rows, lengths))
+        means = torch.stack([found[:-1] for found in steps]).mean(dim=0).tolist()
+        return dict(zip(_MEANS, means, strict=True)) | {"first_ratio": float(steps[0][-1])}
 
-    def _optimize(self, experience: Experience, rows: Tensor) -> dict[str, float]:
-        """One step of the optimizer on a minibatch."""
+    def _optimize(self, experience: Experience, rows: Tensor, lengths: Tensor) -> Tensor:
+        """One step of the optimizer on a minibatch; its metrics, which stay on the device: nothing waits for them."""
         self.optimizer.zero_grad(set_to_none=True)
-        found = dict.fromkeys(("policy_loss", "value_loss", "clipped", "approx_kl", "largest"), 0.0)
-        tokens = int(experience.rollout.completed[rows].sum())
+        found = []
         for part in torch.split(rows, self.settings.microbatch or len(rows)):
-            share = int(experience.rollout.completed[part].sum()) / tokens
-            for name, value in self._backward(experience, part, share).items():
-                found[name] = max(found[name], value) if name == "largest" else found[name] + share * value
+            share = int(lengths[part].sum()) / int(lengths[rows].sum())
+            metrics = self._backward(experience, part, share)
+            found.append(torch.cat([metrics[:-1] * share, metrics[-1:]]))
         self._scaler.unscale_(self.optimizer)
         for group in self.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        return found
+        every = torch.stack(found)
+        return torch.cat([every[:, :-1].sum(dim=0), every[:, -1:].amax(dim=0)])
 
-    def _backward(self, experience: Experience, rows: Tensor, share: float) -> dict[str, float]:
-        """Gradients of a micro-batch, one role after the other, so that one role's activations are held at a time."""
+    def _backward(self, experience: Experience, rows: Tensor, share: float) -> Tensor:
+        """Gradients of a micro-batch, one role after the other, so that one role's activations are held at a time.
+
+        Its metrics: those of ``_MEANS``, and the largest log ratio.
+        """
         settings, rollout = self.settings, experience.rollout
         ids, mask, counts, last = (
             rollout.ids[rows],
@@ -289,13 +294,8 @@ class PPO:
             values, experience.values[rows], experience.returns[rows], counts, clip=settings.value_clip
         )
         torch.autograd.backward(self._scaler.scale(critic * share))
-        return {
-            "policy_loss": float(policy.loss.detach()),
-            "value_loss": float(critic.detach()),
-            "clipped": float(policy.clipped),
-            "approx_kl": float(policy.approx_kl),
-            "largest": float(policy.largest),
-        }
+        parts = (policy.loss, critic, policy.clipped, policy.approx_kl, policy.largest)
+        return torch.stack([each.detach() for each in parts])
 
     def _set_learning_rates(self) -> None:
         left = 1 - self.step / self.settings.steps if self.settings.anneal else 1.0

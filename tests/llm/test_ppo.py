@@ -126,6 +126,19 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    expected = metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=4)))
+    answers = iter([False, True])
+    first = metrics_of(
+        PPO(roles_of(), ROWS, ones, but(FAST, steps=4)),
+        checkpoint=tmp_path / "state",
+        stop=lambda: next(answers),
+    )
+    rest = metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=4)), checkpoint=tmp_path / "state")
+    assert len(first) == 2
+    assert first + rest == expected
+
+
 class Fails:
     """A reward function that goes wrong at one call, and is then repaired."""
 
@@ -280,10 +293,11 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
 
 def test_another_engine_may_complete_the_prompts() -> None:
     calls: list[tuple[int, int]] = []
+    (one,) = tiny.tokenizer()("1")["input_ids"]
 
     def engine(prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
         calls.append((len(prompts), seed))
-        return [[49, 256]] * len(prompts)
+        return [[one, 256]] * len(prompts)
 
     found = metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=2), generate=engine))
     assert [each["reward"] for each in found] == [1.0, 1.0]
