@@ -29,6 +29,8 @@ All randomness is derived from the seed and the number of the step, so a checkpo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -39,6 +41,7 @@ import torch
 from torch import Tensor
 
 from rlquant.errors import InputError
+from rlquant.llm.adapters import adapter_parameters, tensors_hash
 from rlquant.llm.experience import Experience, collect
 from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.losses import AdaptiveKL, policy_loss, value_loss
@@ -196,7 +199,17 @@ class PPO:
 
     def _identity(self) -> dict[str, Any]:
         """What determines the numbers of a run; its length does only where the learning rate falls towards its end."""
-        known = asdict(self.settings) | {"rows": len(self.rows)}
+        configs = self.roles.model.peft_config
+        known = asdict(self.settings) | {
+            "prompts": hashlib.sha256(json.dumps([row["prompt"] for row in self.rows]).encode()).hexdigest(),
+            "reference": tensors_hash(adapter_parameters(self.roles.model, "reference"))
+            if "reference" in configs
+            else "base",
+        }
+        for role in _TRAINED:
+            config = configs[role]
+            kinds = {"dora": config.use_dora, "rslora": config.use_rslora, "alpha": config.lora_alpha}
+            known |= {f"{role}.{name}": value for name, value in kinds.items()}
         if not self.settings.anneal:
             del known["steps"]
         return known

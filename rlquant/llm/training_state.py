@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.errors import InputError
-from rlquant.runs import write_atomic
+from rlquant.runs import write_files
 
 __all__ = ["load_state", "save_state"]
 
@@ -47,8 +47,7 @@ def save_state(
                 rest.setdefault(str(index), {})[key] = value
     held = {name: tensor.to("cpu").clone().contiguous() for name, tensor in tensors.items()}
     header = {"schema": _SCHEMA, "document": document, "optimizer": rest}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save(held, {"rlquant": json.dumps(header, sort_keys=True)}))
+    write_files(path.parent, {path.name: save(held, {"rlquant": json.dumps(header, sort_keys=True)})})
 
 
 def load_state(

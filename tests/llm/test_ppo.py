@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,21 @@ def test_experience_of_a_rollout_by_hand() -> None:
     assert (metrics["reward"], metrics["ended"], metrics["length"]) == (2.5, 0.5, 2.0)
 
 
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(tmp_path: Path) -> None:
+    ppo, file = PPO(roles_of(), ROWS, ones, FAST), tmp_path / "state"
+    ppo.save(file)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ppo.train_step()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # writes fail beyond half of it
+    try:
+        with pytest.raises(InputError, match="state cannot be written: File too large"):
+            ppo.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["state"]
+
+
 def test_every_row_comes_once_before_any_comes_again() -> None:
     rows = ROWS[:12]
     seen: list[int] = []
@@ -367,6 +383,8 @@ def test_bad_input(tmp_path: Path) -> None:
     before = weights(ppo)
     with pytest.raises(InputError, match=r"other settings: clip=0.2 \(here 0.1\)"):
         PPO(roles_of(), ROWS, ones, but(FAST, clip=0.1)).restore(file)
+    with pytest.raises(InputError, match="other settings: prompts="):
+        PPO(roles_of(), ROWS[::-1], ones, FAST).restore(file)
     PPO(roles_of(), ROWS, ones, but(FAST, steps=60)).restore(file)  # a longer run may go on
     other = Roles(quantized())
     other.add("policy", AdapterSettings(rank=2))
