@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -27,7 +27,7 @@ BASE_LAYERS: tuple[type[nn.Module], ...] = (QuantLinear, nn.Linear)
 class AdapterLinear(LoraLinear):
     """``y = base(x) + scaling * B(A(dropout(x)))`` for the active adapters; ``[..., in]`` -> ``[..., out]``.
 
-    DoRA goes the way of PEFT, in the adapter's dtype. The base is never written to, so it cannot be merged into.
+    DoRA goes the way of PEFT, in the adapter's dtype. A packed base is never written to; a float one takes a merge.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -45,12 +45,14 @@ class AdapterLinear(LoraLinear):
             result = result + (up * self.scaling[name]).to(result.dtype)
         return result
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raises InputError: codes do not hold a small change, and merging again and again drifts."""
-        raise InputError(
-            "an adapter cannot be merged into the immutable base: merge it into the float model (or the dequantized "
-            "one) and quantize that"
-        )
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises InputError for a packed base: codes do not hold a small change, and merging often drifts."""
+        if type(self.get_base_layer()) is not nn.Linear:
+            raise InputError(
+                "an adapter cannot be merged into a packed base: merge it into the float model (or the dequantized "
+                "one) and quantize that"
+            )
+        super().merge(safe_merge, adapter_names)
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features

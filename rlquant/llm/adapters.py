@@ -39,6 +39,7 @@ __all__ = [
     "load_adapter",
     "lora_config",
     "save_adapter",
+    "tensors_hash",
     "use_adapter",
 ]
 
@@ -259,8 +260,13 @@ def base_hash(model: nn.Module) -> str:
 
     The same before an adapter is added and after; training leaves it as it is.
     """
+    return tensors_hash(_base_tensors(model))
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in hexadecimal: names, dtypes, shapes and values, whatever their order and device."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(_base_tensors(model).items()):
+    for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -84,6 +84,16 @@ def test_stock_peft_computes_the_same_on_the_dequantized_model(
         torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-3, atol=1e-6)
 
 
+def test_on_a_float_base_too_and_there_it_can_be_merged(tmp_path: Path) -> None:
+    model = add_adapter(copy.deepcopy(tiny.model()), "policy", AdapterSettings(rank=4))
+    stir(model, "policy")
+    save_adapter(model, "policy", tmp_path)
+    stock = peft.PeftModel.from_pretrained(copy.deepcopy(tiny.model()), str(tmp_path))
+    found = model(IDS).logits.detach()
+    torch.testing.assert_close(found, stock(IDS).logits)
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, found, rtol=1e-3, atol=1e-4)
+
+
 def test_only_linear_layers_of_blocks_take_adapters_and_only_adapters_train() -> None:
     model = add_adapter(base(), "policy", AdapterSettings(rank=4))
     own = adapter_parameters(model, "policy")
@@ -93,8 +103,9 @@ def test_only_linear_layers_of_blocks_take_adapters_and_only_adapters_train() ->
     assert not any("lm_head" in key or "embed" in key for key in own)
 
 
-def test_adapters_stay_float32_on_a_bfloat16_base_whose_products_are_bfloat16() -> None:
-    model = add_adapter(base().to(torch.bfloat16), "policy", AdapterSettings(rank=4))
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_stay_float32_on_a_bfloat16_base_whose_products_are_bfloat16(dora: bool) -> None:
+    model = add_adapter(base().to(torch.bfloat16), "policy", AdapterSettings(rank=4, dora=dora))
     stir(model, "policy")
     seen = []
     layer = base_model(model).model.layers[0].mlp.up_proj

@@ -1,0 +1,197 @@
+"""Rollouts: prompts are completed by the policy, laid out in one batch, and scored.
+
+What completes them is a function of token ids, so that a faster engine can take the place of transformers'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlquant.errors import InputError
+from rlquant.llm.adapters import base_model
+from rlquant.llm.roles import Roles
+
+__all__ = ["Generate", "Reward", "Rollout", "TransformersGenerate", "eos_ids", "lay_out", "scores_of"]
+
+Reward = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+"""``(prompts, completions, rows) -> a score for each``; special tokens are left out of the completions."""
+
+
+class Generate(Protocol):
+    """Completes prompts with the policy as it is now."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+        """Token ids of a completion for each prompt, the end-of-sequence token included where it was sampled.
+
+        Sampled at the temperature of training from the whole distribution: what top-k, top-p or a repetition penalty
+        cut off would be missing from the log-probabilities. The same seed gives the same completions.
+        """
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts, left-padded, and their completions, right-padded, side by side.
+
+    Attributes:
+        ids: int64 ``[batch, prompt + completion]``.
+        mask: bool of that shape, the tokens that are no padding.
+        completed: bool ``[batch, completion]``, the tokens of the completions, their eos included.
+        ended: bool ``[batch]``, whether a completion came to its eos.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    completed: Tensor
+    ended: Tensor
+
+    @property
+    def length(self) -> int:
+        """Of the completions' part."""
+        return self.completed.shape[1]
+
+
+def eos_ids(roles: Roles) -> set[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    config = base_model(roles.model).generation_config
+    found = getattr(config, "eos_token_id", None)
+    ids = set(found) if isinstance(found, (list, tuple)) else {found}
+    ids.add(roles.lm.tokenizer.eos_token_id)
+    return {int(each) for each in ids if each is not None}
+
+
+class TransformersGenerate:
+    """Sampling by ``generate`` of transformers, with left padding.
+
+    Args:
+        roles: whose policy completes.
+        max_new_tokens: of a completion.
+        temperature: of the sampling; greater than 0.
+
+    The model's own generation settings (top-k, top-p, repetition penalty; Qwen2.5-Instruct has all three) are not used.
+    """
+
+    def __init__(self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0) -> None:
+        self.roles, self.max_new_tokens, self.temperature = roles, max_new_tokens, temperature
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+        """See :class:`Generate`."""
+        from transformers import GenerationConfig
+
+        model, ends = base_model(self.roles.model), eos_ids(self.roles)
+        pad = self.roles.lm.tokenizer.pad_token_id
+        plain = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=pad if pad is not None else 0,
+        )
+        rollout = lay_out(prompts, [[] for _ in prompts], ends, self.roles.lm.device)
+        device = rollout.ids.device
+        before, model.generation_config = (
+            model.generation_config,
+            plain,
+        )  # whose settings would fill gaps of ours
+        try:
+            cards = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cards), self.roles.acting("policy"):
+                torch.manual_seed(seed)
+                out = model.generate(rollout.ids, attention_mask=rollout.mask.long(), generation_config=plain)
+        finally:
+            model.generation_config = before
+        rows: list[list[int]] = out[:, rollout.ids.shape[1] :].tolist()
+        return [_until(row, ends) for row in rows]
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    ends: set[int],
+    device: Any = "cpu",
+) -> Rollout:
+    """One batch of prompts and completions. Padding is token 0, and the mask alone tells it from text."""
+    before, after = max(map(len, prompts)), max(map(len, completions))
+    ids = [
+        [*[0] * (before - len(prompt)), *prompt, *completion, *[0] * (after - len(completion))]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    places = torch.arange(before + after, device=device)
+    first = torch.tensor([before - len(prompt) for prompt in prompts], device=device)
+    last = torch.tensor([before + len(completion) for completion in completions], device=device)
+    mask = (places >= first[:, None]) & (places < last[:, None])
+    ended = torch.tensor([bool(each) and each[-1] in ends for each in completions], device=device)
+    return Rollout(torch.tensor(ids, device=device), mask, mask[:, before:], ended)
+
+
+def scores_of(
+    reward: Reward, prompts: list[str], completions: list[str], rows: list[dict[str, Any]], numbers: list[int]
+) -> list[float]:
+    """Scores of completions, checked.
+
+    Args:
+        reward: gives them.
+        prompts, completions, rows: what it is given.
+        numbers: of the rows in their data set, for messages.
+
+    Raises:
+        InputError: it raised, gave another number of scores, or one that is no finite number. The row is named.
+    """
+    try:
+        scores = list(reward(prompts, completions, rows))
+    except InputError:
+        raise
+    except Exception as error:
+        row = _culprit(reward, prompts, completions, rows, numbers)
+        raise InputError(f"the reward function raised at {row}: {type(error).__name__}: {error}") from error
+    if len(scores) != len(prompts):
+        raise InputError(
+            f"the reward function gave {len(scores)} scores for the {len(prompts)} completions of rows "
+            f"{', '.join(map(str, numbers))}: one for each is needed"
+        )
+    for number, completion, score in zip(numbers, completions, scores, strict=True):
+        if not _is_finite(score):
+            raise InputError(
+                f"the reward function gave {score!r} at row {number}, for the completion {completion[:60]!r}: a "
+                "finite number is needed"
+            )
+    return [float(score) for score in scores]
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return not isinstance(score, str) and math.isfinite(score)
+    except (TypeError, ValueError):
+        return False
+
+
+def _culprit(
+    reward: Reward,
+    prompts: list[str],
+    completions: list[str],
+    rows: Sequence[Mapping[str, Any]],
+    numbers: list[int],
+) -> str:
+    """The row that a reward function raises at, found by asking for one after the other."""
+    for number, prompt, completion, row in zip(numbers, prompts, completions, rows, strict=True):
+        try:
+            reward([prompt], [completion], [dict(row)])
+        except Exception:
+            return f"row {number}, for the completion {completion[:60]!r}"
+    return f"rows {', '.join(map(str, numbers))} together, though at none of them alone"
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Tokens up to the first that ends, and it; what follows is padding, whatever its id."""
+    for place, each in enumerate(ids):
+        if each in ends:
+            return ids[: place + 1]
+    return ids
