@@ -53,7 +53,7 @@ def main(config: Config, run: RunFolder) -> None:
     trainer = adapted(
         DPOTrainer, base.lm, config.adapters, args=arguments, train_dataset=Dataset.from_list(data.train)
     )
-    learned = fit(trainer, run, config.train)
+    learned = fit(trainer, run, config.train, base.lm.model)
     outcome = compare_models(
         run,
         base,

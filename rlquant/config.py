@@ -148,4 +148,5 @@ def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
     if error["type"] == "missing":
         return f"{key} is missing: set {key}=..."
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    given = "" if isinstance(error["input"], Mapping) else f" = {error['input']!r}"
+    return f"{key}{given}: {message[0].lower()}{message[1:]}"

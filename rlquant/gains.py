@@ -38,7 +38,8 @@ def publish_gain(
     settings = {"config": config.model_dump(mode="json")}
     document = outcome.document(lm, settings, device=str(lm.device))
     document["training"] = dict(facts)
-    write_atomic(run.path / "adapter" / "README.md", _card(document, samples))
+    learned = run.path / ("reward" if outcome.task == "reward" else "adapter")
+    write_atomic(learned / "README.md", _card(document, samples))
     publish(run, document)
 
 

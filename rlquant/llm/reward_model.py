@@ -17,10 +17,11 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.llm.adapters import save_adapter
 from rlquant.llm.heads import ScoreHead
+from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 from rlquant.runs import file_hash, write_files
 
-__all__ = ["ModelReward", "load_reward_model", "right_padded", "save_reward_model"]
+__all__ = ["ModelReward", "load_reward_model", "right_padded", "save_reward_model", "write_reward_model"]
 
 _HEAD, _MARK, SCHEMA = "head.safetensors", "reward.json", "rlquant.reward/1"
 
@@ -31,16 +32,27 @@ def save_reward_model(roles: Roles, folder: str | Path) -> None:
     Raises:
         InputError: there is none, or the folder cannot be written to.
     """
-    from safetensors.torch import save
-
     if "reward" not in roles.heads:
         raise InputError("there is no reward model to save: add one or load one")
+    write_reward_model(roles.model, "reward", roles.heads["reward"], roles.lm, folder)
+
+
+def write_reward_model(
+    model: Any, adapter: str, head: ScoreHead, lm: LanguageModel, folder: str | Path
+) -> None:
+    """Write an adapter of a model on the base ``lm`` and its head as a reward model.
+
+    Raises:
+        InputError: there is no such adapter, or the folder cannot be written to.
+    """
+    from safetensors.torch import save
+
     path = Path(folder)
     (path / _MARK).unlink(missing_ok=True)
-    save_adapter(roles.model, "reward", path)
-    state = {name: tensor.cpu().contiguous() for name, tensor in roles.heads["reward"].state_dict().items()}
+    save_adapter(model, adapter, path)
+    state = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
     write_files(path, {_HEAD: save(state, {"format": "pt"})})
-    document = {"schema": SCHEMA, "base": _base(roles), "sha256": file_hash(path / _HEAD)}
+    document = {"schema": SCHEMA, "base": _base(lm), "sha256": file_hash(path / _HEAD)}
     write_files(path, {_MARK: json.dumps(document, indent=1)})
 
 
@@ -67,7 +79,7 @@ def load_reward_model(roles: Roles, folder: str | Path, *, trainable: bool = Fal
     for parameter in head.parameters():
         parameter.requires_grad_(trainable)
     roles.heads["reward"] = head.to(roles.lm.device)
-    there, here = document.get("base", {}), _base(roles)
+    there, here = document.get("base", {}), _base(roles.lm)
     changed = [key for key in here if there.get(key) and here[key] and there[key] != here[key]]
     if changed:
         known = ", ".join(f"{key} {there[key]} (here {here[key]})" for key in changed)
@@ -115,8 +127,7 @@ def right_padded(sequences: Sequence[Sequence[int]], device: Any = "cpu") -> tup
     return ids, torch.arange(longest, device=device) < lengths[:, None]
 
 
-def _base(roles: Roles) -> dict[str, str]:
-    lm = roles.lm
+def _base(lm: LanguageModel) -> dict[str, str]:
     return {"precision": lm.precision, "method": lm.method, "sha256": lm.sha256}
 
 

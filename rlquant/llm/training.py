@@ -140,8 +140,14 @@ def adapted(trainer: type[Any], lm: LanguageModel, settings: AdapterSettings, **
     return made
 
 
-def fit(trainer: Any, run: RunFolder, settings: TrainSettings) -> dict[str, Any]:
+def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dict[str, Any]:
     """Train, from the last whole checkpoint of the same settings where there is one.
+
+    Args:
+        trainer: of :func:`adapted`.
+        run: where checkpoints lie.
+        settings: of the training.
+        base: the model that adapters were put on; it must not change.
 
     Returns:
         ``losses`` (step and loss of each log), ``base_sha256`` and ``seconds``.
@@ -152,7 +158,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings) -> dict[str, Any]
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     check_learning_rate(trainer.model, ADAPTER, settings.lr)
-    before = base_hash(trainer.model)
+    before = base_hash(base)
     stop = _StopAtCtrlC()
     trainer.add_callback(stop)
     try:
@@ -167,7 +173,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings) -> dict[str, Any]
         ) from None
     if stop.asked:
         raise KeyboardInterrupt
-    if base_hash(trainer.model) != before:
+    if base_hash(base) != before:
         raise RuntimeError("training changed the base, which must not happen")
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}

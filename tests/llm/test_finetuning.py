@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 import tiny
 
+from rlquant.llm.backbone import BaseSettings, load_backbone
+from rlquant.llm.reward_model import ModelReward, load_reward_model
+from rlquant.llm.reward_training import pair_texts
+from rlquant.llm.roles import Roles
+
 Run = Callable[..., Any]
 
 SMALL = ("data.max_length=64", "data.max_prompt=32", "adapters.rank=8", "train.accumulate=1", "train.batch=8",
@@ -102,6 +107,30 @@ def test_sft_learns_to_answer(rlquant: Run, folder: Path, texts: Path, tmp_path:
     assert gain["ci"][0] > 0.5
     before, after = gain["notes"]["perplexity"]
     assert after < before / 2
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_and_is_read_as_a_role(
+    rlquant: Run, folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    settings = (f"model={folder}", f"data={pairs}", "train.steps=20", "train.lr=3e-3")
+    done = rlquant("run", "reward-qlora", *settings, *SMALL[:6], "--out", tmp_path)
+    assert done.status == 0, done.err
+    gain = results(tmp_path)["gain"]
+    assert gain["tuned"] >= 0.9
+    backbone = load_backbone(BaseSettings(source=str(folder), device="cpu"))
+    roles = Roles(backbone.lm)
+    load_reward_model(roles, tmp_path / "reward")
+    score = ModelReward(roles)
+    prompts = ["31 and 5 "] * 2
+    good, bad = score(prompts, ["make 531. ", "make 36. "], [{}, {}])
+    assert good > bad
+    rows = [{"prompt": prompts[0], "chosen": "make 531. ", "rejected": "make 36. "}]
+    trained = results(tmp_path)
+    assert trained["training"]["base_sha256"] == roles.base_hash()
+    assert pair_texts(backbone.lm, rows) == [
+        {"chosen": "31 and 5 make 531. ", "rejected": "31 and 5 make 36. "}
+    ]
 
 
 @pytest.mark.slow
