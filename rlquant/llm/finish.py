@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlquant.llm.adapters import active_adapter, adapter_parameters, save_adapter
+from rlquant.llm.adapters import active_adapter, adapter_parameters, save_adapter, use_adapter
 from rlquant.llm.backbone import Backbone, BaseSettings
 from rlquant.llm.calibration import windows_of
 from rlquant.llm.data import Pair, as_text
@@ -26,12 +26,21 @@ from rlquant.llm.preferences import (
     answer_tokens,
     pair_log_probabilities,
 )
+from rlquant.llm.rollout import Reward, sample, scores_of
 from rlquant.llm.training import ADAPTER
 from rlquant.measure import plain
 from rlquant.quant import weight_bytes
 from rlquant.runs import RunFolder
 
-__all__ = ["Scorer", "compare_models", "divergence_from_base", "pair_scorer", "text_scorer", "write_samples"]
+__all__ = [
+    "Scorer",
+    "compare_models",
+    "divergence_from_base",
+    "pair_scorer",
+    "reward_scorer",
+    "text_scorer",
+    "write_samples",
+]
 
 Row = Mapping[str, Any]
 Scores = tuple[NDArray[np.float64], dict[str, float]]
@@ -53,6 +62,7 @@ def compare_models(
     sample: str,
     merge: MergeSettings | None,
     calibration: Sequence[Any] = (),
+    adapter: str = ADAPTER,
 ) -> Outcome:
     """Score base, tuned and merged models; save the adapter. Finished models are not scored again.
 
@@ -65,11 +75,13 @@ def compare_models(
         task, score, sample: see :class:`~rlquant.llm.outcome.Outcome`.
         merge: what becomes of the adapter; None merges nothing.
         calibration: texts or conversations that quantization of the merged model looks at.
+        adapter: what was trained; it is the active one afterwards.
     """
-    save_adapter(model, ADAPTER, run.path / "adapter")
+    use_adapter(model, adapter)
+    save_adapter(model, adapter, run.path / "adapter")
     lm = backbone.lm
     tuned = lm.but(model=model.eval())
-    learned = sum(each.numel() * each.element_size() for each in adapter_parameters(model, ADAPTER).values())
+    learned = sum(each.numel() * each.element_size() for each in adapter_parameters(model, adapter).values())
 
     def scored(
         name: str, precision: str, method: str, make: Callable[[], LanguageModel], weights: int | None = None
@@ -133,6 +145,30 @@ def text_scorer(rows: Sequence[Row], longest: int) -> Scorer:
             lengths[number] = len(answer)
         perplexity = float(np.exp(-(means * lengths).sum() / lengths.sum()))
         return means, {"perplexity": perplexity}
+
+    return score
+
+
+def reward_scorer(
+    rows: Sequence[Row], reward: Reward, *, new_tokens: int, samples: int, batch: int = 16
+) -> Scorer:
+    """Mean reward of sampled completions of each prompt (text, under ``prompt``), always with the same seeds."""
+    asked = [dict(row) for row in rows for _ in range(samples)]
+
+    def score(lm: LanguageModel) -> Scores:
+        scores: list[float] = []
+        lengths: list[int] = []
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            made = sample(
+                lm, [lm.tokens(row["prompt"]) for row in part], seed=start, max_new_tokens=new_tokens
+            )
+            texts = lm.tokenizer.batch_decode(made, skip_special_tokens=True)
+            numbers = [(start + place) // samples for place in range(len(part))]
+            scores += scores_of(reward, [row["prompt"] for row in part], texts, part, numbers)
+            lengths += map(len, made)
+        means = np.array(scores).reshape(-1, samples).mean(axis=1)
+        return means, {"tokens": float(np.mean(lengths))}
 
     return score
 

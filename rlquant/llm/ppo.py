@@ -33,7 +33,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,7 @@ class PPO:
     def _identity(self) -> dict[str, Any]:
         """What determines the numbers of a run; its length does only where the learning rate falls towards its end."""
         configs = self.roles.model.peft_config
-        known = asdict(self.settings) | {
+        known = self.settings.model_dump() | {
             "prompts": hashlib.sha256(json.dumps([row["prompt"] for row in self.rows]).encode()).hexdigest(),
             "reference": tensors_hash(adapter_parameters(self.roles.model, "reference"))
             if "reference" in configs
@@ -251,7 +250,7 @@ class PPO:
         rows = [self.rows[number] for number in numbers]
         texts = self.roles.lm.tokenizer.batch_decode(completions, skip_special_tokens=True)
         scores = scores_of(self.reward, [row["prompt"] for row in rows], texts, rows, numbers)
-        rollout = lay_out(prompts, completions, eos_ids(self.roles), self.roles.lm.device)
+        rollout = lay_out(prompts, completions, eos_ids(self.roles.lm), self.roles.lm.device)
         return rollout, torch.tensor(scores, device=rollout.ids.device)
 
     def _order(self, epoch: int, count: int) -> Tensor:

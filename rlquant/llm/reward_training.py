@@ -22,7 +22,7 @@ from rlquant.llm.model import LanguageModel
 from rlquant.llm.reward_model import right_padded, write_reward_model
 from rlquant.llm.training import ADAPTER
 
-__all__ = ["pair_rewards", "pair_texts", "reward_trainer", "save_trained_reward"]
+__all__ = ["pair_rewards", "pair_texts", "prompt_text", "reward_trainer", "save_trained_reward"]
 
 _SCORE = "score"
 

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
+from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 
-__all__ = ["Generate", "Reward", "Rollout", "TransformersGenerate", "eos_ids", "lay_out", "scores_of"]
+__all__ = [
+    "Generate",
+    "Reward",
+    "Rollout",
+    "TransformersGenerate",
+    "eos_ids",
+    "lay_out",
+    "sample",
+    "scores_of",
+]
 
 Reward = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 """``(prompts, completions, rows) -> a score for each``; special tokens are left out of the completions."""
@@ -56,12 +66,12 @@ class Rollout:
         return self.completed.shape[1]
 
 
-def eos_ids(roles: Roles) -> set[int]:
+def eos_ids(lm: LanguageModel) -> set[int]:
     """Tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
-    config = base_model(roles.model).generation_config
+    config = base_model(lm.model).generation_config
     found = getattr(config, "eos_token_id", None)
     ids = set(found) if isinstance(found, (list, tuple)) else {found}
-    ids.add(roles.lm.tokenizer.eos_token_id)
+    ids.add(lm.tokenizer.eos_token_id)
     return {int(each) for each in ids if each is not None}
 
 
@@ -72,44 +82,60 @@ class TransformersGenerate:
         roles: whose policy completes.
         max_new_tokens: of a completion.
         temperature: of the sampling; greater than 0.
-
-    The model's own generation settings (top-k, top-p, repetition penalty; Qwen2.5-Instruct has all three) are not used.
     """
 
     def __init__(self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0) -> None:
         self.roles, self.max_new_tokens, self.temperature = roles, max_new_tokens, temperature
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
         """See :class:`Generate`."""
-        from transformers import GenerationConfig
+        with self.roles.acting("policy"):
+            return sample(
+                self.roles.lm,
+                prompts,
+                seed=seed,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+            )
 
-        model, ends = base_model(self.roles.model), eos_ids(self.roles)
-        pad = self.roles.lm.tokenizer.pad_token_id
-        plain = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=pad if pad is not None else 0,
-        )
-        rollout = lay_out(prompts, [[] for _ in prompts], ends, self.roles.lm.device)
-        device = rollout.ids.device
-        before, model.generation_config = (
-            model.generation_config,
-            plain,
-        )  # whose settings would fill gaps of ours
-        try:
-            cards = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cards), self.roles.acting("policy"):
-                torch.manual_seed(seed)
-                out = model.generate(rollout.ids, attention_mask=rollout.mask.long(), generation_config=plain)
-        finally:
-            model.generation_config = before
-        rows: list[list[int]] = out[:, rollout.ids.shape[1] :].tolist()
-        return [_until(row, ends) for row in rows]
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> list[list[int]]:
+    """Completions of token ids by a model as it is now, see :class:`Generate`.
+
+    The model's own generation settings (top-k, top-p, repetition penalty; Qwen2.5-Instruct has all three) are not used.
+    """
+    from transformers import GenerationConfig
+
+    model, ends = base_model(lm.model), eos_ids(lm)
+    pad = lm.tokenizer.pad_token_id
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad if pad is not None else 0,
+    )
+    rollout = lay_out(prompts, [[] for _ in prompts], ends, lm.device)
+    device = rollout.ids.device
+    before, model.generation_config = model.generation_config, plain  # whose settings would fill gaps of ours
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = model.generate(rollout.ids, attention_mask=rollout.mask.long(), generation_config=plain)
+    finally:
+        model.generation_config = before
+    rows: list[list[int]] = out[:, rollout.ids.shape[1] :].tolist()
+    return [_until(row, ends) for row in rows]
 
 
 def lay_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,11 @@ from rlquant.llm.fitting import require_fit
 from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.memory import Workload, plan_memory
 from rlquant.llm.model import LanguageModel
+from rlquant.llm.ppo import PPO
 from rlquant.llm.precision import Precision
 from rlquant.runs import RunFolder
 
-__all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "trainer_arguments"]
+__all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "run_ppo", "trainer_arguments"]
 
 ADAPTER = "default"
 """The name that PEFT gives to a trainer's only adapter."""
@@ -177,6 +179,47 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
         raise RuntimeError("training changed the base, which must not happen")
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}
+
+
+def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
+    """Run PPO to its end, from its checkpoint where there is one.
+
+    Returns:
+        ``losses`` (step and policy loss), ``metrics`` of each step, ``base_sha256`` and ``seconds``.
+
+    Raises:
+        InputError: as :meth:`~rlquant.llm.ppo.PPO.run`; memory ran out.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    stop, start = _StopAtCtrlC(), time.monotonic()
+    checkpoint = _checkpoints(run).with_suffix(".safetensors")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    kept = run.piece("metrics") or {"steps": []}
+    metrics: list[dict[str, float]] = kept["steps"]
+
+    def note(step: int, found: dict[str, float]) -> None:
+        del metrics[step - 1 :]  # what came after the checkpoint comes again
+        metrics.append(found)
+        run.save_piece("metrics", {"steps": metrics})
+        if sys.stderr.isatty():
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+            sys.stderr.write(f"step {step} of {ppo.settings.steps}  {shown}\n")
+
+    try:
+        with stop.listening():
+            ppo.run(checkpoint=checkpoint, every=every, progress=note, stop=lambda: stop.asked)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            "the GPU's memory ran out: set ppo.microbatch=1, a smaller ppo.minibatch, or a smaller ppo.max_new_tokens"
+        ) from None
+    if stop.asked and ppo.step < ppo.settings.steps:
+        raise KeyboardInterrupt
+    return {
+        "losses": [[number, each["policy_loss"]] for number, each in enumerate(metrics, 1)],
+        "metrics": metrics,
+        "base_sha256": ppo.roles.base_hash(),
+        "seconds": time.monotonic() - start,
+    }
 
 
 class _StopAtCtrlC(TrainerCallback):

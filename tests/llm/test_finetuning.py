@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -131,6 +132,117 @@ def test_a_reward_model_learns_and_is_read_as_a_role(
     assert pair_texts(backbone.lm, rows) == [
         {"chosen": "31 and 5 make 531. ", "rejected": "31 and 5 make 36. "}
     ]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Path:
+    """Share of the letter 1 in a completion."""
+    path = tmp_path / "check.py"
+    path.write_text(
+        "def ones(prompts, completions, rows):\n"
+        "    assert all('number' in row for row in rows)\n"
+        "    return [text.count('1') / max(len(text), 1) for text in completions]\n"
+        "def broken(prompts, completions, rows):\n    return [1 / 0]\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"prompt": f"{a} and {b} make ", "number": a} for a in range(3, 13) for b in range(2, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+PPO = ("ppo.batch=16", "ppo.minibatch=8", "ppo.epochs=2", "ppo.max_new_tokens=5", "ppo.learning_rate=2e-3",
+       "ppo.critic_learning_rate=2e-3", "ppo.kl_coefficient=0.01", "adapters.rank=8")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ppo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        settings = (
+            f"model={folder}",
+            f"data={prompts}",
+            f"reward={check}:ones",
+            "ppo.steps=12",
+            f"ppo.seed={seed}",
+        )
+        merge = ("merge.precisions=[int4-g32]", "merge.methods=[rtn]") if seed == 0 else ("merge=null",)
+        out = tmp_path / str(seed)
+        done = rlquant("run", "ppo-qlora", *settings, *PPO, *merge, "samples=2", "--out", out)
+        assert done.status == 0, done.err
+        gain = results(out)["gain"]
+        assert gain["ci"][0] > 0
+        assert gain["tuned"] >= 2 * gain["base"]
+    rows = results(tmp_path / "0")["rows"]
+    assert [row["precision"] for row in rows] == ["nf4-dq+lora", "int4-g32"]
+    assert rows[1]["retention"]["value"] > 0.5
+    metrics = results(tmp_path / "0")["training"]["metrics"]
+    assert len(metrics) == 12
+    assert max(each["first_ratio"] for each in metrics) == 0
+
+
+@pytest.mark.slow
+def test_grpo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "train.steps=15", "train.lr=3e-3",
+                    "train.batch=16", f"train.seed={seed}", "answers=8", "new_tokens=5", "adapters.rank=8",
+                    "samples=2", "beta=0.01", "merge=null", "data.max_prompt=32")  # fmt: skip
+        done = rlquant("run", "grpo-qlora", *settings, "--out", tmp_path / str(seed))
+        assert done.status == 0, done.err
+        gain = results(tmp_path / str(seed))["gain"]
+        assert gain["ci"][0] > 0
+        assert gain["tuned"] >= 2 * gain["base"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_a_reward(
+    rlquant: Run, folder: Path, pairs: Path, prompts: Path, check: Path, tmp_path: Path
+) -> None:
+    settings = (f"model={folder}", f"data={pairs}", "train.steps=10", "train.lr=3e-3", *SMALL[:6])
+    assert rlquant("run", "reward-qlora", *settings, "--out", tmp_path / "reward").status == 0
+    rewards = f"reward={{{tmp_path / 'reward' / 'reward'}: 0.5, '{check}:ones': 1}}"
+    common = (f"model={folder}", f"data={prompts}", rewards, "adapters.rank=8", "samples=1", "merge=null")
+    ppo = rlquant("run", "ppo-qlora", *common, *PPO[:-1], "ppo.steps=1", "--out", tmp_path / "ppo")
+    assert ppo.status == 0, ppo.err
+    grpo = ("train.steps=1", "train.batch=8", "answers=4", "new_tokens=4", "data.max_prompt=32")
+    done = rlquant("run", "grpo-qlora", *common, *grpo, "--out", tmp_path / "grpo")
+    assert done.status == 0, done.err
+    assert math.isfinite(results(tmp_path / "grpo")["gain"]["tuned"])
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("{check}:twos", "unknown function in"),
+        ("missing.py:ones", "is not there"),
+        ("nowhere", "neither FILE.py:FUNCTION nor"),
+        ("{check}:broken", "raised at row"),
+        ("{folder}", "no finished reward model"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["ppo-qlora", "grpo-qlora"])
+def test_rewards_that_cannot_be(
+    rlquant: Run,
+    folder: Path,
+    prompts: Path,
+    check: Path,
+    tmp_path: Path,
+    reward: str,
+    message: str,
+    recipe: str,
+) -> None:
+    named = f"reward={reward.format(check=check, folder=folder)}"
+    common = (f"model={folder}", f"data={prompts}", named, "adapters.rank=8", "merge=null")
+    own = {
+        "ppo-qlora": (*PPO[:-1], "ppo.steps=1"),
+        "grpo-qlora": ("train.steps=1", "train.batch=8", "answers=4", "new_tokens=4", "data.max_prompt=32"),
+    }[recipe]
+    done = rlquant("run", recipe, *common, *own, "--out", tmp_path / "run")
+    assert done.status == 2
+    assert message in done.err
 
 
 @pytest.mark.slow

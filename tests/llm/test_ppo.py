@@ -60,7 +60,7 @@ def ones(_prompts: list[str], completions: list[str], _rows: list[dict[str, Any]
 
 
 def but(settings: PPOSettings, **changes: Any) -> PPOSettings:
-    return PPOSettings(**{**vars(settings), **changes})
+    return PPOSettings(**{**settings.model_dump(), **changes})
 
 
 def metrics_of(ppo: PPO, **options: Any) -> list[dict[str, float]]:
@@ -221,7 +221,7 @@ def test_padding_may_be_the_end_of_sequence_which_is_learnt() -> None:
     completions = generate(prompts, seed=0)
     assert any(each[-1] == end for each in completions)
     assert all(end not in each[:-1] for each in completions)
-    rollout = lay_out(prompts, completions, eos_ids(roles))
+    rollout = lay_out(prompts, completions, eos_ids(roles.lm))
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         assert rollout.ids[row][rollout.mask[row]].tolist() == prompt + completion  # the eos counts
         assert int(rollout.completed[row].sum()) == len(completion)
