@@ -17,7 +17,7 @@ from rlquant.llm.heads import ScoreHead
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.reward_model import ModelReward, load_reward_model, right_padded, save_reward_model
-from rlquant.llm.roles import Roles
+from rlquant.llm.roles import Roles, positions
 
 SMALL = AdapterSettings(rank=4)
 
@@ -60,6 +60,11 @@ def test_padding_at_either_end_changes_nothing() -> None:
         torch.testing.assert_close(roles.policy(ids, mask, last=10)[:, :6], alone)
         torch.testing.assert_close(roles.values(ids, mask, last=10)[:, :6], roles.values(text, whole, last=6))
         torch.testing.assert_close(roles.rewards(ids, mask), roles.rewards(text, whole))
+
+
+def test_positions_count_what_is_no_padding() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
 
 
 def test_each_role_is_what_transformers_computes_with_that_adapter() -> None:
