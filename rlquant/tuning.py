@@ -14,7 +14,7 @@ from rlquant.runs import RunFolder, machine_info, package_versions
 from rlquant.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
-    from rlquant.control.goal import Tuned
+    from rlquant.measure import Outcome
 
 __all__ = ["TuneOptions", "run_tune"]
 
@@ -44,10 +44,9 @@ def run_tune(options: TuneOptions) -> int:
     """Tune, write the artifact, tune.json, results.json and report.html; 0 where the goal holds, else 1."""
     from rlquant.control import Settings, load, save_artifact
     from rlquant.control.evaluate import subject
-    from rlquant.control.goal import Goal
     from rlquant.control.settings import settings_json
     from rlquant.control.tune import tune
-    from rlquant.measure import plain, results_document
+    from rlquant.measure import Goal, plain, results_document
 
     goal = Goal(
         options.retain,
@@ -107,7 +106,7 @@ def _tell(sentence: str) -> None:
         sys.stderr.write(f"{sentence}\n")
 
 
-def _conclude(tuned: Tuned, folder: Path) -> None:
+def _conclude(tuned: Outcome, folder: Path) -> None:
     """The most sensitive tensors, the front and the outcome."""
     from rich.console import Console
 
