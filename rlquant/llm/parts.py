@@ -86,7 +86,9 @@ def plan_of(chosen: Mapping[Part, str], embedding: str, method: str) -> Plan:
     """
     base = _most(chosen.values())
     kinds = {part.kind: part for part in chosen}
-    usual = {kind: _most(name for part, name in chosen.items() if part.kind == kind) for kind in kinds}
+    usual = {
+        kind: _most((name for part, name in chosen.items() if part.kind == kind), base) for kind in kinds
+    }
     blocks: dict[int, list[Part]] = {}
     for part in chosen:
         blocks.setdefault(part.block, []).append(part)
@@ -107,7 +109,7 @@ def plan_of(chosen: Mapping[Part, str], embedding: str, method: str) -> Plan:
     return Plan(Scheme.parse(base), method, Scheme.parse(embedding), schemes)
 
 
-def _most(names: Iterable[str]) -> str:
-    """The commonest; of several the first by name, so that the same choice has one name."""
+def _most(names: Iterable[str], rather: str = "") -> str:
+    """The commonest; of several ``rather``, or the first by name, so that the same choice has one name."""
     count = Counter(names)
-    return min(count, key=lambda name: (-count[name], name))
+    return min(count, key=lambda name: (-count[name], name != rather, name))

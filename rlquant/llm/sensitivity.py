@@ -69,7 +69,8 @@ def language_sensitivities(
     found = _kept(folder, EMBEDDING, lambda: _of_tables(lm, judge))
     streams = [BlockStream(lm.model, tokens, device=lm.device) for tokens in (scored, read)]
     parts = parts_of(lm.model)
-    for (index, one), _ in zip(*(stream.blocks() for stream in streams), strict=True):
+    # Both streams carry the same blocks; the second one's know the shapes of calibration.
+    for (index, _), (_, one) in zip(*(stream.blocks() for stream in streams), strict=True):
         progress(f"measuring the sensitivity of block {index} of {parts[-1].block + 1}")
         own = [part for part in parts if part.block == index]
         found += _kept(folder, f"layers-{index}", partial(_of_block, one, own, streams, judge))

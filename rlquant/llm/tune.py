@@ -24,20 +24,20 @@ from rlquant.errors import InputError
 from rlquant.llm.evaluate import LanguageEvaluation, RowBlocks, Texts
 from rlquant.llm.load import DTYPES
 from rlquant.llm.model import LanguageModel, decoder_blocks
-from rlquant.llm.parts import EMBEDDING, Part, parts_of, plan_of
-from rlquant.llm.quantize import Plan
+from rlquant.llm.parts import EMBEDDING, STEPS, Part, parts_of, plan_of
 from rlquant.llm.sensitivity import PartSensitivity, language_sensitivities, other_bytes
 from rlquant.llm.settings import LanguageSettings
 from rlquant.llm.text import Windows, window_losses
 from rlquant.llm.versions import at_precision
 from rlquant.measure import Goal, Outcome, Search, Trial, audition, proof_confidence
-from rlquant.quant import Step, get_method, greedy_ladder, weight_bytes
+from rlquant.quant import Scheme, Step, get_method, greedy_ladder, weight_bytes
 from rlquant.runs import RunFolder
 
 __all__ = ["TunedLanguage", "language_ladder", "split_windows", "tune_language"]
 
 _STAGES = (8, 32)  # windows after which an audition may be decided
 _FEWEST = 16  # windows that a search makes sense with
+_LEAST = 5  # that an interval needs
 
 
 @dataclass(kw_only=True)
@@ -64,9 +64,11 @@ def split_windows(
         seed: of the choice.
 
     Raises:
-        InputError: there are too few windows, or they overlap.
+        InputError: there are too few windows, or they overlap; or the search asks for hardly any.
     """
     count, length = windows.tokens.shape
+    if search < _LEAST:
+        raise InputError(f"--search-windows must be at least {_LEAST}, not {search}")
     if windows.stride < length:
         raise InputError("windows of a search must not overlap: proofs read what nothing has seen")
     if count < _FEWEST:
@@ -108,13 +110,10 @@ def tune_language(
     if texts.calibration is None:
         raise InputError("sensitivities are measured with GPTQ, which reads text: give calibration windows")
     for method in settings.methods:
-        get_method(method)
+        for scheme in STEPS.values():
+            get_method(method).check(Scheme.parse(scheme))
     sensitivity = language_sensitivities(lm, search, texts.calibration, folder=folder, progress=progress)
     sizes = language_ladder(lm, sensitivity)
-    for method in settings.methods:
-        for plan in map(Plan.parse, sizes):
-            for scheme in (plan.scheme, *plan.schemes.values()):
-                get_method(method).check(scheme)
     candidates = _Candidates(lm, goal, settings, texts, search, folder)
     outcome = Search(goal, candidates, methods=settings.methods, progress=progress).run(sizes)
     chosen = candidates.quantized(outcome.chosen.scheme, outcome.chosen.method)
