@@ -3,7 +3,7 @@
 from rlquant.measure.agreement import ACTION_TOLERANCE, Agreement, QGap, action_agreement, q_gap
 from rlquant.measure.allocation import Allocation, measure_allocation
 from rlquant.measure.audition import Heard, audition
-from rlquant.measure.goal import Goal, Outcome, Sensitivity, Trial
+from rlquant.measure.goal import Goal, Outcome, Sensitivity, Trial, short_name
 from rlquant.measure.latency import Latency, measure_latency, measure_side_by_side, single_thread
 from rlquant.measure.machine import MachineState, pinned, watched
 from rlquant.measure.measurement import Measurement, Score, Size, WeightHistogram, weight_histogram
@@ -53,6 +53,7 @@ __all__ = [
     "q_gap",
     "results_document",
     "rss_bytes",
+    "short_name",
     "single_thread",
     "std",
     "validate_results",

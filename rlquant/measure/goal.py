@@ -9,7 +9,24 @@ from typing import Any
 
 from rlquant.errors import InputError
 
-__all__ = ["Goal", "Outcome", "Sensitivity", "Trial"]
+__all__ = ["Goal", "Outcome", "Sensitivity", "Trial", "short_name"]
+
+_SPELLED_OUT = 4  # parts of a name that still fit on a line
+
+
+def short_name(name: str) -> str:
+    """A scheme's name for tables and sentences: of many exceptions only the number.
+
+    >>> short_name("w4a8+trunk.0=w8a8")
+    'w4a8+trunk.0=w8a8'
+    >>> short_name("int4-g128+layers.0.*=int8+layers.1.*=int8+layers.7.*=int8+embedding=int8")
+    'int4-g128+embedding=int8+3 exceptions'
+    """
+    base, *rest = name.split("+")
+    if len(rest) < _SPELLED_OUT:
+        return name
+    embedding = [part for part in rest if part.startswith("embedding=")]
+    return "+".join([base, *embedding, f"{len(rest) - len(embedding)} exceptions"])
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlquant.measure.goal import Goal, Outcome, Trial
-from rlquant.quant import short_name
+from rlquant.measure.goal import Goal, Outcome, Trial, short_name
 
 __all__ = ["PROOFS", "Candidates", "Search", "proof_confidence"]
 

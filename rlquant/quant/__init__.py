@@ -19,7 +19,7 @@ from rlquant.quant.ladder import Step, greedy_ladder
 from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear, device_of
 from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
-from rlquant.quant.mixed import MixedScheme, short_name
+from rlquant.quant.mixed import MixedScheme
 from rlquant.quant.moments import InputMoments
 from rlquant.quant.notes import CalibrationWarning
 from rlquant.quant.observers import Observer, weight_qparams
@@ -86,7 +86,6 @@ __all__ = [
     "quantize",
     "quantize_",
     "scheme_choices",
-    "short_name",
     "size_table",
     "sqnr_db",
     "unpack",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlquant.quant import short_name
+from rlquant.measure import short_name
 from rlquant.report.plain import plain_table
 from rlquant.report.wording import UNDEFINED, bytes_text, percent_text
 

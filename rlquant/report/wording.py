@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlquant.measure import MORE_EPISODES_CAP
-from rlquant.quant import short_name
+from rlquant.measure import MORE_EPISODES_CAP, short_name
 
 __all__ = [
     "UNDEFINED",
