@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from rlquant.llm.blocks import BlockStream, OneBlock
-from rlquant.llm.model import LanguageModel
+from rlquant.llm.model import LanguageModel, decoder_blocks
 from rlquant.llm.parts import EMBEDDING, STEPS, TABLE_STEPS, Part, parts_of
 from rlquant.llm.text import Windows, log_probabilities
 from rlquant.llm.versions import at_precision
 from rlquant.measure import Sensitivity
-from rlquant.quant import Scheme, quantize_, weight_bytes
+from rlquant.quant import Scheme, quantizable, quantize_, weight_bytes
 from rlquant.runs import RunFolder
 
 __all__ = ["PartSensitivity", "language_sensitivities", "other_bytes"]
 
 _TOKENS = 512  # that are compared at least, in whole windows
 _CALIBRATION_TOKENS = 2048  # that GPTQ reads at least, in whole windows; the trials read all there are
+_TOKENS_PER_INPUT = 2  # and for each input of the widest layer, whose Hessian they have to determine
 _METHOD = "gptq"
 _FLOAT = Scheme.parse("fp32")  # which leaves a layer as it is
 
@@ -64,7 +65,8 @@ def language_sensitivities(
     """
     length = windows.tokens.shape[1]
     scored = torch.from_numpy(windows.first(-(-_TOKENS // length)).tokens)
-    read = calibration[: -(-_CALIBRATION_TOKENS // calibration.shape[1])]
+    enough = max(_CALIBRATION_TOKENS, _TOKENS_PER_INPUT * _widest(lm))
+    read = calibration[: -(-enough // calibration.shape[1])]
     judge = _Judge(lm, scored)
     found = _kept(folder, EMBEDDING, lambda: _of_tables(lm, judge))
     streams = [BlockStream(lm.model, tokens, device=lm.device) for tokens in (scored, read)]
@@ -75,6 +77,14 @@ def language_sensitivities(
         own = [part for part in parts if part.block == index]
         found += _kept(folder, f"layers-{index}", partial(_of_block, one, own, streams, judge))
     return found
+
+
+def _widest(lm: LanguageModel) -> int:
+    """Inputs of the widest layer in a block."""
+    blocks = decoder_blocks(lm.model)
+    return max(
+        layer.get_parameter("weight").shape[1] for block in blocks for layer in quantizable(block).values()
+    )
 
 
 def _kept(

@@ -32,7 +32,7 @@ from rlquant.llm.model import LanguageModel
 from rlquant.llm.parts import STEPS, TABLE_STEPS, parts_of, plan_of
 from rlquant.llm.quantize import Plan, prepare_
 from rlquant.llm.sensitivity import PartSensitivity, language_sensitivities
-from rlquant.llm.text import Windows
+from rlquant.llm.text import Windows, window_losses
 from rlquant.llm.tune import language_ladder, split_windows
 from rlquant.llm.versions import at_precision
 from rlquant.measure import short_name, validate_results
@@ -254,7 +254,14 @@ def test_the_memory_limit_holds_on_disk(rlquant: Run, model: Path, text: Path, t
     )
     assert all(trial["bytes"] <= limit for trial in told["trials"])
     assert f"schemes do not fit into {limit:,} bytes" in done.out
-    assert shlex.split(told["again"])[:2] == ["rlquant", "evaluate"]  # the text itself calibrated
+    again = shlex.split(told["again"])
+    assert again[:2] == ["rlquant", "evaluate"]  # the text itself calibrated
+    done = rlquant(*again[1:], "--window", 64, "--windows", 6, "--out", tmp_path / "again")
+    assert done.status == 0, done.err
+    scored = json.loads((tmp_path / "again" / "results.json").read_text())["rows"][1]["score"]["episodes"]
+    artifact = load(str(tmp_path / "artifact"))
+    losses = window_losses(artifact, Windows.of(artifact.tokens(tiny.TEXT), 64, limit=6))
+    assert scored == pytest.approx((-losses).tolist(), rel=1e-6)
 
 
 def test_an_impossible_goal_gives_the_best_found_and_says_by_how_much(
