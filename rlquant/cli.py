@@ -91,6 +91,7 @@ _LANGUAGE = {
     "generate",
     "dtype",
     "bits",
+    "widths",
     "search_windows",
 }
 _LANGUAGE |= {"calibration_windows", "calibration_length", "prompt_tokens", "new_tokens"}
@@ -367,6 +368,14 @@ def tune(
             rich_help_panel=_LM,
         ),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            help="Bits that parts of blocks may have, of 8,6,5,4,3,2; 8,4,3,2.",
+            rich_help_panel=_LM,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of the reference; fp32, on a GPU bf16.", rich_help_panel=_LM),
@@ -395,6 +404,7 @@ def tune(
                 retain=retain if "retain" in given else None,
                 memory=memory,
                 bits=bits,
+                widths=None if widths is None else _counts(widths, "--widths"),
                 methods=_names(methods, "--methods") if "methods" in given else ("gptq",),
                 text=text,
                 calibration=calibration,

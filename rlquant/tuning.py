@@ -58,6 +58,7 @@ class LanguageTuneOptions:
     retain: float | None
     memory: str | None
     bits: float | None
+    widths: tuple[int, ...] | None
     methods: tuple[str, ...]
     text: Path | None
     calibration: Path | None
@@ -139,6 +140,7 @@ def run_tune_language(options: LanguageTuneOptions) -> int:
     from rlquant.llm.artifact import save_artifact
     from rlquant.llm.evaluate import subject
     from rlquant.llm.load import load
+    from rlquant.llm.parts import BITS
     from rlquant.llm.settings import LanguageSettings
     from rlquant.llm.tune import tune_language
     from rlquant.measure import Goal, plain, results_document
@@ -161,17 +163,18 @@ def run_tune_language(options: LanguageTuneOptions) -> int:
     lm = load(options.source, dtype=dtype, device=device, trust=options.trust)
     if options.bits is not None:
         goal = replace(goal, memory=_smaller(limit, _bytes_at(options.bits, lm)))
+    widths = options.widths or BITS
     texts, search, read = _language_texts(lm, settings, options)
     versions = package_versions()
     determined = {
         "subject": subject(lm),
         "goal": asdict(goal),
-        "settings": {**settings.to_json(), **read},
+        "settings": {**settings.to_json(), **read, "widths": widths},
         "texts": [texts.sha256, hashlib.sha256(search.tokens.tobytes()).hexdigest()],
         "versions": versions,
     }
     folder = RunFolder(options.out or Path("runs") / f"tune-{folder_name(options.source)}", determined)
-    tuned = tune_language(lm, goal, settings, texts, search, folder=folder, progress=_tell)
+    tuned = tune_language(lm, goal, settings, texts, search, folder=folder, bits=widths, progress=_tell)
     save_artifact(tuned.lm, folder.path / "artifact", dtype=dtype)
     tuned.forget_blocks(folder)
     told = {**tuned.to_json(), "goal": asdict(goal), "again": _again(tuned, options, dtype)}

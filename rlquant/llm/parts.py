@@ -21,11 +21,20 @@ from rlquant.llm.model import decoder_blocks
 from rlquant.llm.quantize import Plan
 from rlquant.quant import Scheme, quantizable
 
-__all__ = ["EMBEDDING", "STEPS", "TABLE_STEPS", "Part", "parts_of", "plan_of"]
+__all__ = ["BITS", "EMBEDDING", "STEPS", "TABLE_STEPS", "Part", "parts_of", "plan_of"]
 
-STEPS = {8: "int8", 4: "int4-g128", 3: "int3-g128-asym", 2: "int2-g64-asym"}
+STEPS = {
+    8: "int8",
+    6: "int6-g128",
+    5: "int5-g128",
+    4: "int4-g128",
+    3: "int3-g128-asym",
+    2: "int2-g64-asym",
+}
 """Schemes of linear layers by bits. Below 4 bits a grid that is symmetric about zero wastes too much: with a zero
 point GPTQ's squared error at the output of SmolLM2's blocks is a quarter lower at 3 bits, a third to a half at 2."""
+BITS = (8, 4, 3, 2)
+"""Bits that are tried where none are named: those that other libraries' formats and kernels have, too."""
 TABLE_STEPS = {8: "int8", 6: "int6-g64", 4: "nf4-dq", 3: "int3-g64-asym"}
 """Schemes of the embedding, which is rounded to nearest; NF4 with its scales in 8 bits is less than ``int4-g128``."""
 EMBEDDING = "embedding"

@@ -12,7 +12,7 @@ block is computed once; only the blocks behind it run again for each measurement
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlquant.llm.blocks import BlockStream, OneBlock
 from rlquant.llm.model import LanguageModel, decoder_blocks
-from rlquant.llm.parts import EMBEDDING, STEPS, TABLE_STEPS, Part, parts_of
+from rlquant.llm.parts import BITS, EMBEDDING, STEPS, TABLE_STEPS, Part, parts_of
 from rlquant.llm.text import Windows, log_probabilities
 from rlquant.llm.versions import at_precision
 from rlquant.measure import Sensitivity
@@ -52,6 +52,7 @@ def language_sensitivities(
     calibration: Tensor,
     *,
     folder: RunFolder,
+    bits: Sequence[int] = BITS,
     progress: Callable[[str], None] = lambda _sentence: None,
 ) -> list[PartSensitivity]:
     """Sensitivity of the embedding and of every part of every block, at each number of bits.
@@ -60,7 +61,8 @@ def language_sensitivities(
         lm: the float model; unchanged afterwards.
         windows: the first few of them are read.
         calibration: int64 ``[windows, length]``; the first few of them too.
-        folder: keeps finished blocks.
+        folder: keeps what was measured.
+        bits: of the blocks' parts, keys of ``STEPS``.
         progress: called with a sentence for each block.
     """
     length = windows.tokens.shape[1]
@@ -75,7 +77,9 @@ def language_sensitivities(
     for (index, _), (_, one) in zip(*(stream.blocks() for stream in streams), strict=True):
         progress(f"measuring the sensitivity of block {index} of {parts[-1].block + 1}")
         own = [part for part in parts if part.block == index]
-        found += _kept(folder, f"layers-{index}", partial(_of_block, one, own, streams, judge))
+        for count in bits:
+            measure = partial(_of_block, one, own, streams, judge, count)
+            found += _kept(folder, f"layers-{index}-int{count}", measure)
     return found
 
 
@@ -124,21 +128,20 @@ def other_bytes(lm: LanguageModel) -> int:
 
 
 def _of_block(
-    one: OneBlock, parts: list[Part], streams: list[BlockStream], judge: _Judge
+    one: OneBlock, parts: list[Part], streams: list[BlockStream], judge: _Judge, bits: int
 ) -> list[PartSensitivity]:
-    scored, read = streams
+    (scored, read), scheme = streams, STEPS[bits]
     found = []
-    for bits, scheme in STEPS.items():
-        quantized = quantize_(
-            copy.deepcopy(one), scheme, method=_METHOD, calibration=read.hidden, sequential=False
-        )
-        for part in parts:
-            layers = {name: quantized.get_submodule(f"block.{name}") for name in part.names}
-            size = weight_bytes(nn.ModuleList(layers.values()))
-            with _in_place(one.block, layers):
-                cost = judge.divergence(scored.onward(part.block))
-            found.append(PartSensitivity(part.name, part.kind, "weights", bits, cost, None, scheme, size))
-    return sorted(found, key=lambda each: each.layer)
+    quantized = quantize_(
+        copy.deepcopy(one), scheme, method=_METHOD, calibration=read.hidden, sequential=False
+    )
+    for part in parts:
+        layers = {name: quantized.get_submodule(f"block.{name}") for name in part.names}
+        size = weight_bytes(nn.ModuleList(layers.values()))
+        with _in_place(one.block, layers):
+            cost = judge.divergence(scored.onward(part.block))
+        found.append(PartSensitivity(part.name, part.kind, "weights", bits, cost, None, scheme, size))
+    return found
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Finds the smallest mixed-precision plan that keeps a language model's lead over uniform guessing.
 
-1. *Sensitivity* of every part (:mod:`~rlquant.llm.sensitivity`) at 8, 4, 3 and 2 bits.
-2. *Ladder*: from 8 bits everywhere the part whose next step down adds the least divergence a byte goes down, until
-   none can (:func:`rlquant.quant.greedy_ladder`).
+1. *Sensitivity* of every part (:mod:`~rlquant.llm.sensitivity`), by default at 8, 4, 3 and 2 bits.
+2. *Ladder*: from the most bits everywhere the part whose next step down adds the least divergence a byte goes down,
+   until none can (:func:`rlquant.quant.greedy_ladder`).
 3. *Bisection and proof*, as :mod:`rlquant.measure.search` says. Auditions read windows of text that are drawn at
    random; proofs read the others, and calibration neither.
 
@@ -24,7 +24,7 @@ from rlquant.errors import InputError
 from rlquant.llm.evaluate import LanguageEvaluation, RowBlocks, Texts
 from rlquant.llm.load import DTYPES
 from rlquant.llm.model import LanguageModel, decoder_blocks
-from rlquant.llm.parts import EMBEDDING, STEPS, Part, parts_of, plan_of
+from rlquant.llm.parts import BITS, EMBEDDING, STEPS, Part, parts_of, plan_of
 from rlquant.llm.sensitivity import PartSensitivity, language_sensitivities, other_bytes
 from rlquant.llm.settings import LanguageSettings
 from rlquant.llm.text import Windows, window_losses
@@ -88,6 +88,7 @@ def tune_language(
     search: Windows,
     *,
     folder: RunFolder,
+    bits: Sequence[int] = BITS,
     progress: Callable[[str], None] = lambda _sentence: None,
 ) -> TunedLanguage:
     """Find the smallest plan that reaches the goal.
@@ -99,20 +100,26 @@ def tune_language(
         texts: windows of the proofs, and calibration.
         search: windows of sensitivities and auditions; see :func:`split_windows`.
         folder: keeps finished pieces for a resumed run.
+        bits: that parts of blocks may have, keys of ``STEPS``.
         progress: called with a sentence at each step.
 
     Raises:
-        InputError: the model is quantized already, or there is no calibration; a method is unknown, or cannot do a
-            scheme that it is to be tried with.
+        InputError: bits that no scheme has; the model is quantized already, or there is no calibration; a method is
+            unknown, or cannot do a scheme that it is to be tried with.
     """
     if lm.precision not in DTYPES:
         raise InputError(f"{lm.source} is quantized to {lm.precision} already; tune the float model")
     if texts.calibration is None:
         raise InputError("sensitivities are measured with GPTQ, which reads text: give calibration windows")
+    unknown = [count for count in bits if count not in STEPS]
+    if unknown:
+        raise InputError(f"--widths are some of {', '.join(map(str, STEPS))} bits, not {unknown[0]}")
     for method in settings.methods:
-        for scheme in STEPS.values():
-            get_method(method).check(Scheme.parse(scheme))
-    sensitivity = language_sensitivities(lm, search, texts.calibration, folder=folder, progress=progress)
+        for count in bits:
+            get_method(method).check(Scheme.parse(STEPS[count]))
+    sensitivity = language_sensitivities(
+        lm, search, texts.calibration, folder=folder, bits=bits, progress=progress
+    )
     sizes = language_ladder(lm, sensitivity)
     candidates = _Candidates(lm, goal, settings, texts, search, folder)
     outcome = Search(goal, candidates, methods=settings.methods, progress=progress).run(sizes)

@@ -29,7 +29,7 @@ from rlquant.errors import InputError
 from rlquant.llm.calibration import calibration_apart, windows_of
 from rlquant.llm.load import load
 from rlquant.llm.model import LanguageModel
-from rlquant.llm.parts import STEPS, TABLE_STEPS, parts_of, plan_of
+from rlquant.llm.parts import BITS, STEPS, TABLE_STEPS, parts_of, plan_of
 from rlquant.llm.quantize import Plan, prepare_
 from rlquant.llm.sensitivity import PartSensitivity, language_sensitivities
 from rlquant.llm.text import Windows, window_losses
@@ -99,7 +99,7 @@ def kl(reference: Any, candidate: Any, ids: torch.Tensor) -> float:
 
 def test_sensitivity_is_the_divergence_with_one_part_alone_quantized(found: list[PartSensitivity]) -> None:
     by_part = {(each.layer, each.bits): each for each in found}
-    assert len(by_part) == len(found) == 4 + 2 * 3 * 4
+    assert len(by_part) == len(found) == 4 + 2 * 3 * len(BITS)
     lm = spiky()
     windows, calibration = read(lm)
     ids = torch.from_numpy(windows.tokens[:8])  # 512 tokens
@@ -134,10 +134,10 @@ def test_measuring_changes_nothing(found: list[PartSensitivity], tmp_path: Path)
     again = language_sensitivities(lm, *read(lm), folder=folder)
     assert again == found
     assert all(torch.equal(tensor, lm.model.state_dict()[name]) for name, tensor in before.items())
-    kept = folder.piece("sensitivity-layers-1")
+    kept = folder.piece("sensitivity-layers-1-int4")
     assert kept is not None
     kept["parts"][0]["divergence"] = 7.0
-    folder.save_piece("sensitivity-layers-1", kept)
+    folder.save_piece("sensitivity-layers-1-int4", kept)
     resumed = language_sensitivities(lm, *read(lm), folder=folder)
     assert [each.divergence for each in resumed].count(7.0) == 1  # a finished block is not measured again
 
@@ -243,6 +243,7 @@ def test_the_smallest_plan_is_found_proved_and_made_again(
 def test_the_memory_limit_holds_on_disk(rlquant: Run, model: Path, text: Path, tmp_path: Path) -> None:
     limit = 60_000
     options = ("--text", text, *SHORT, "--retain", 0.999, "--memory", limit, "--methods", "rtn,gptq")
+    options += ("--widths", "8,5,4,3")
     done = rlquant("tune", model, *options, "--out", tmp_path)
     assert done.status in (0, 1), done.err
     with safe_open(tmp_path / "artifact" / "model.safetensors", framework="pt") as file:
@@ -253,6 +254,7 @@ def test_the_memory_limit_holds_on_disk(rlquant: Run, model: Path, text: Path, t
         trial["bytes"] for trial in told["trials"] if trial["scheme"] == told["chosen"]["precision"]
     )
     assert all(trial["bytes"] <= limit for trial in told["trials"])
+    assert {each["bits"] for each in told["sensitivity"] if each["layer"] != "embedding"} == {8, 5, 4, 3}
     assert f"schemes do not fit into {limit:,} bytes" in done.out
     again = shlex.split(told["again"])
     assert again[:2] == ["rlquant", "evaluate"]  # the text itself calibrated
@@ -289,6 +291,7 @@ def test_an_impossible_goal_gives_the_best_found_and_says_by_how_much(
         (("--retain", "1.5"), "above 0 and at most 1, not 1.5"),
         (("--memory", "lots"), "--memory 'lots' is not a positive quantity"),
         (("--bits", "0"), "--bits is what a weight may take on average, such as 4.5, not 0"),
+        (("--widths", "8,7"), "--widths are some of 8, 6, 5, 4, 3, 2 bits, not 7"),
         (("--methods", "gtpq"), "Did you mean 'gptq'"),
         (("--methods", "smoothquant"), "method 'smoothquant' cannot do int8"),
         (("--env", "CartPole-v1"), "--env means nothing for"),
@@ -356,7 +359,7 @@ def test_a_search_killed_half_way_gives_the_same_answer(model: Path, text: Path,
 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     status = start(undisturbed).wait()
-    for wanted in ("sensitivity-layers-0.json", "audition-int*"):
+    for wanted in ("sensitivity-layers-0-int4.json", "audition-int*"):
         process = start(killed)
         deadline = time.monotonic() + 300
         while not list((killed / "pieces").glob(wanted)) and time.monotonic() < deadline:
