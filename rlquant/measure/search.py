@@ -3,13 +3,15 @@
 1. *Bisection*: for each method the cheapest scheme that passes an audition (:mod:`~rlquant.measure.audition`), as if
    whatever is dearer passed too.
 2. *Proof*: those that passed are scored, the cheapest first, where nothing was looked at before, until one is
-   retained. Each of up to :data:`PROOFS` proofs has its share of the error (Bonferroni).
+   retained. What passes an audition at the line may well fail there, so then dearer schemes are tried, each time twice
+   as many rungs up. Each of up to :data:`PROOFS` proofs has its share of the error (Bonferroni).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,12 +73,14 @@ class Search:
     ) -> None:
         self.goal, self.candidates, self.methods, self.progress = goal, candidates, methods, progress
         self.trials: dict[tuple[str, str], Trial] = {}
+        self._asked: dict[Trial, str] = {}  # the method that was asked for; "auto" chooses another
         self.reasons: list[str] = []
 
     def run(self, sizes: Mapping[str, int]) -> Outcome:
         """Search the schemes whose bytes ``sizes`` gives."""
-        self._climb(self._affordable(sizes))
-        proof, results = self._prove()
+        rungs = self._affordable(sizes)
+        self._climb(rungs)
+        proof, results = self._prove(rungs)
         held = self._judge(proof, results)
         return Outcome(
             chosen=proof.trial,
@@ -123,6 +127,7 @@ class Search:
         self.progress(f"trying {short_name(rung)} by {method}")
         trial = self.candidates.audition(rung, method)
         self.trials[rung, trial.method] = trial
+        self._asked[trial] = method
         late = self._late(trial)
         slow = f", but takes {1e6 * (trial.latency or 0):.0f} us" if late else ""
         verb = "passes" if trial.passed else "fails"
@@ -138,21 +143,35 @@ class Search:
             return 0.0
         return max(0.0, trial.latency - self.goal.deadline)
 
-    def _prove(self) -> tuple[_Proof, dict[str, Any]]:
-        """Score candidates, the cheapest first, until one is retained; the best of them, and all results."""
-        ordered = sorted(self.trials.values(), key=lambda trial: trial.bytes)
-        passing = [trial for trial in ordered if trial.passed][:PROOFS]
-        candidates = passing or [max(ordered, key=lambda trial: _value(trial.retention))]
+    def _prove(self, rungs: list[str]) -> tuple[_Proof, dict[str, Any]]:
+        """Score candidates until one is retained; the best of them, and all results."""
+        proved: list[Trial] = []
         results: dict[str, Any] = {}
-        for count, trial in enumerate(candidates, start=1):
+        for trial in itertools.islice(self._contenders(rungs), PROOFS):
+            proved.append(trial)
             self.progress(f"proving {_name(trial)}")
-            results = self.candidates.prove(candidates[:count])
+            results = self.candidates.prove(proved)
             verdict = results["rows"][-1]["retention"]
             if verdict["verdict"] == "retained":
                 return _Proof(trial, results["rows"][-1]), results
             self._say(f"{_name(trial)} is not proved: {verdict['reason']}")
-        proofs = [_Proof(*pair) for pair in zip(candidates, results["rows"][1:], strict=True)]
+        proofs = [_Proof(*pair) for pair in zip(proved, results["rows"][1:], strict=True)]
         return max(proofs, key=lambda proof: _value(proof.row["retention"]["value"])), results
+
+    def _contenders(self, rungs: list[str]) -> Iterator[Trial]:
+        """What passed, the cheapest first, then what passes further up; where nothing did, the best alone."""
+        ordered = sorted(self.trials.values(), key=lambda trial: trial.bytes)
+        passing = [trial for trial in ordered if trial.passed]
+        if not passing:
+            yield max(ordered, key=lambda trial: _value(trial.retention))
+            return
+        yield from passing
+        at, step, method = rungs.index(passing[-1].scheme), 1, self._asked[passing[-1]]
+        while at + 1 < len(rungs):
+            at, step = min(at + step, len(rungs) - 1), 2 * step
+            trial = self._try(rungs[at], method)
+            if trial.passed:
+                yield trial
 
     def _judge(self, proof: _Proof, results: dict[str, Any]) -> bool:
         """Whether the goal holds; says so, or by how much it is missed."""

@@ -56,16 +56,26 @@ def test_the_cheapest_that_holds_is_found_where_more_bytes_never_hurt(truth: lis
     assert known.proofs == [[outcome.chosen.scheme]]
 
 
-def test_what_was_lucky_in_its_audition_is_not_proved_and_the_next_one_is() -> None:
-    known = Known([0.5, 0.6, 0.7, 0.99, 1.0], lucky=frozenset({"s2"}))
-    outcome = Search(Goal(0.98), known, methods=["rtn"]).run(known.sizes)
-    assert outcome.held is False  # bisection never heard a dearer one
-    assert any("s2 by rtn is not proved" in sentence for sentence in outcome.reasons)
-    assert "misses the reward by 28.0 points" in outcome.reasons[-1]
-    known = Known([0.5, 0.7, 0.99, 1.0], lucky=frozenset({"s1"}))
+def test_what_was_lucky_in_its_audition_is_not_proved_and_a_dearer_one_is() -> None:
+    known = Known([0.5, 0.7, 0.99, 1.0], lucky=frozenset({"s1"}))  # s2 was auditioned on the way
     outcome = Search(Goal(0.98), known, methods=["rtn"]).run(known.sizes)
     assert known.proofs == [["s1"], ["s1", "s2"]]
     assert (outcome.held, outcome.chosen.scheme) == (True, "s2")
+    assert any("s1 by rtn is not proved" in sentence for sentence in outcome.reasons)
+    known = Known([0.5, 0.6, 0.7, 0.99, 1.0], lucky=frozenset({"s2"}))  # and here nothing dearer was
+    outcome = Search(Goal(0.98), known, methods=["rtn"]).run(known.sizes)
+    assert known.proofs == [["s2"], ["s2", "s3"]]
+    assert (outcome.held, outcome.chosen.scheme) == (True, "s3")
+
+
+def test_luck_is_followed_up_the_ladder_in_ever_longer_steps_and_not_for_ever() -> None:
+    known = Known(
+        [0.9 + 0.001 * index for index in range(20)], lucky=frozenset(f"s{index}" for index in range(9, 20))
+    )
+    outcome = Search(Goal(0.98), known, methods=["rtn"]).run(known.sizes)
+    assert known.proofs[-1] == ["s9", "s10", "s11", "s13"]
+    assert (outcome.held, outcome.chosen.scheme) == (False, "s13")
+    assert "misses the reward by 6.7 points" in outcome.reasons[-1]
 
 
 def test_limits_of_memory() -> None:
