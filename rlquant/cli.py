@@ -56,6 +56,12 @@ CalibrationFileOption = Annotated[
         rich_help_panel=_LM,
     ),
 ]
+CalibrationWindowsOption = Annotated[
+    int, typer.Option("--calibration-windows", help="Windows of it that are read.", rich_help_panel=_LM)
+]
+CalibrationLengthOption = Annotated[
+    int, typer.Option("--calibration-length", help="Tokens of each.", rich_help_panel=_LM)
+]
 # Options that mean something for both kinds of policies, or for one.
 _BOTH = {
     "context",
@@ -63,6 +69,8 @@ _BOTH = {
     "precisions",
     "methods",
     "method",
+    "retain",
+    "memory",
     "scheme",
     "seed",
     "margin",
@@ -82,6 +90,9 @@ _LANGUAGE = {
     "kv_cache",
     "generate",
     "dtype",
+    "bits",
+    "widths",
+    "search_windows",
 }
 _LANGUAGE |= {"calibration_windows", "calibration_length", "prompt_tokens", "new_tokens"}
 # What Typer's parser raises; Typer names only a child of it.
@@ -150,6 +161,8 @@ def evaluate(
     trust: TrustOption = False,
     text: TextOption = None,
     calibration: CalibrationFileOption = None,
+    calibration_windows: CalibrationWindowsOption = 128,
+    calibration_length: CalibrationLengthOption = 512,
     preferences: Annotated[
         Path | None,
         typer.Option(
@@ -199,6 +212,8 @@ def evaluate(
                 methods=_names(methods, "--methods"),
                 text=text,
                 calibration=calibration,
+                calibration_windows=calibration_windows,
+                calibration_length=calibration_length,
                 preferences=preferences,
                 window=window,
                 stride=stride,
@@ -259,12 +274,8 @@ def quantize(
     normaliser: NormaliserOption = None,
     trust: TrustOption = False,
     calibration: CalibrationFileOption = None,
-    calibration_windows: Annotated[
-        int, typer.Option("--calibration-windows", help="Windows of it that are read.", rich_help_panel=_LM)
-    ] = 128,
-    calibration_length: Annotated[
-        int, typer.Option("--calibration-length", help="Tokens of each.", rich_help_panel=_LM)
-    ] = 512,
+    calibration_windows: CalibrationWindowsOption = 128,
+    calibration_length: CalibrationLengthOption = 512,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of what stays a float: bf16, fp16 or fp32.", rich_help_panel=_LM)
     ] = "bf16",
@@ -302,8 +313,11 @@ def quantize(
 
 @app.command()
 def tune(
+    context: typer.Context,
     source: Source,
-    retain: Annotated[float, typer.Option("--retain", help="Share of the reward to keep.")] = 0.98,
+    retain: Annotated[
+        float, typer.Option("--retain", help="Share of the reward to keep; 0.99 of a language model's.")
+    ] = 0.98,
     memory: Annotated[
         str | None, typer.Option("--memory", help="What weights, scales and biases may take, such as 32KB.")
     ] = None,
@@ -311,7 +325,12 @@ def tune(
         str | None, typer.Option("--deadline", help="What 99 of 100 actions may take here, such as 1ms.")
     ] = None,
     methods: Annotated[
-        str, typer.Option("--method", "--methods", help="Methods to search with; distill takes minutes.")
+        str,
+        typer.Option(
+            "--method",
+            "--methods",
+            help="Methods to search with; distill takes minutes. For a language model gptq.",
+        ),
     ] = "auto,distill",
     env: EnvOption = None,
     episodes: Annotated[
@@ -328,17 +347,83 @@ def tune(
         int, typer.Option("--frame-stack", help="Observations that a bare SB3 .zip sees at once.")
     ] = 1,
     trust: TrustOption = False,
+    text: TextOption = None,
+    calibration: CalibrationFileOption = None,
+    calibration_windows: CalibrationWindowsOption = 128,
+    calibration_length: CalibrationLengthOption = 512,
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens that are read at once; 1024.", rich_help_panel=_LM)
+    ] = None,
+    search_windows: Annotated[
+        int,
+        typer.Option("--search-windows", help="To search with, drawn from the text.", rich_help_panel=_LM),
+    ] = 32,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", help="To prove with; all others of the text.", rich_help_panel=_LM),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            help="What a weight may take on average, scales and all; as --memory.",
+            rich_help_panel=_LM,
+        ),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            help="Bits that parts of blocks may have, of 8,6,5,4,3,2; 8,4,3,2.",
+            rich_help_panel=_LM,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the reference; fp32, on a GPU bf16.", rich_help_panel=_LM),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=_LM)
+    ] = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder; runs/tune-NAME if not given.")
     ] = None,
 ) -> None:
     """Find the cheapest scheme, per layer, that keeps the reward: artifact, Pareto front, reasons and proof.
 
-    Exit status 1 where no scheme reaches the goal; the best found is written all the same. Repeating an
-    interrupted command finishes it.
+    Of a language model the reward is its lead over uniform guessing, in nats a token. Exit status 1 where no
+    scheme reaches the goal; the best found is written all the same. Repeating an interrupted command finishes it.
     """
-    from rlquant.tuning import TuneOptions, run_tune
+    from rlquant.sources import source_kind
+    from rlquant.tuning import LanguageTuneOptions, TuneOptions, run_tune, run_tune_language
 
+    kind, given = source_kind(source), _given(context)
+    _refuse_unfit(context, kind, source)
+    if kind == "language":
+        status = run_tune_language(
+            LanguageTuneOptions(
+                source=source,
+                retain=retain if "retain" in given else None,
+                memory=memory,
+                bits=bits,
+                widths=None if widths is None else _counts(widths, "--widths"),
+                methods=_names(methods, "--methods") if "methods" in given else ("gptq",),
+                text=text,
+                calibration=calibration,
+                calibration_windows=calibration_windows,
+                calibration_length=calibration_length,
+                window=window,
+                search_windows=search_windows,
+                windows=windows,
+                confidence=confidence,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                trust=trust,
+                out=out,
+            )
+        )
+        raise typer.Exit(status)
     status = run_tune(
         TuneOptions(
             source=source,

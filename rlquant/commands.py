@@ -20,6 +20,7 @@ __all__ = [
     "EvaluateOptions",
     "default_folder",
     "device_named",
+    "folder_name",
     "progress_bar",
     "publish",
     "run_evaluate",
@@ -271,6 +272,11 @@ def default_folder(agent: Agent, *what: str) -> Path:
     """``runs/<what>-<agent>-<algorithm>``: the same command finds its folder again."""
     name = "-".join([*what, Path(agent.source).stem or "agent", agent.algorithm])
     return Path("runs") / re.sub(r"[^\w.-]+", "-", name).lower()
+
+
+def folder_name(source: str) -> str:
+    """A name for the run folder of a language model."""
+    return re.sub(r"[^\w.-]+", "-", Path(source).name or source).lower()
 
 
 def device_named(name: str) -> str:

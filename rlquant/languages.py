@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlquant.commands import device_named, progress_bar, publish
+from rlquant.commands import device_named, folder_name, progress_bar, publish
 from rlquant.errors import InputError
 from rlquant.runs import RunFolder, machine_info, package_versions
 
@@ -28,9 +27,6 @@ __all__ = [
     "run_quantize_language",
 ]
 
-_HELD_OUT = 0.2
-"""Share of the text, at its end, that calibrates where no other data is given."""
-
 
 @dataclass(frozen=True)
 class LanguageOptions:
@@ -41,6 +37,8 @@ class LanguageOptions:
     methods: tuple[str, ...]
     text: Path | None
     calibration: Path | None
+    calibration_windows: int
+    calibration_length: int
     preferences: Path | None
     window: int | None
     stride: int | None
@@ -102,6 +100,8 @@ def run_evaluate_language(options: LanguageOptions) -> None:
         "window": options.window,
         "stride": options.stride,
         "windows": options.windows,
+        "calibration_windows": options.calibration_windows,
+        "calibration_length": options.calibration_length,
         "cache": options.kv_cache,
         "generate": options.generate or ((1,) if device == "cpu" else (1, 8, 64)),
         "margin": options.margin,
@@ -115,7 +115,7 @@ def run_evaluate_language(options: LanguageOptions) -> None:
     about = {**settings.to_json(), **read, "protocol": texts.windows.protocol}
     versions = package_versions()
     determined = {"subject": subject(lm), "settings": about, "texts": texts.sha256, "versions": versions}
-    folder = RunFolder(options.out or _default_folder(options.source), determined)
+    folder = RunFolder(options.out or Path("runs") / folder_name(options.source), determined)
     with progress_bar("windows") as progress:
         measured = LanguageEvaluation(lm, settings, texts, folder=folder, progress=progress).run()
     document = results_document(
@@ -229,7 +229,7 @@ def run_bench_language(options: LanguageBenchOptions) -> None:
         "timings": plain(timings),
     }
     folder = RunFolder(
-        options.out or Path("runs") / f"bench-{_default_folder(options.source).name}", {"bench": subject(lm)}
+        options.out or Path("runs") / f"bench-{folder_name(options.source)}", {"bench": subject(lm)}
     )
     path = folder.write("bench.json", json.dumps(document, indent=1))
     console = Console(highlight=False)
@@ -241,7 +241,7 @@ def _texts(
     lm: LanguageModel, settings: LanguageSettings, options: LanguageOptions
 ) -> tuple[Texts, dict[str, str]]:
     """What is read, and in words what that is."""
-    from rlquant.llm.calibration import calibration_windows, windows_of
+    from rlquant.llm.calibration import calibration_apart
     from rlquant.llm.data import read_pairs, read_text
     from rlquant.llm.evaluate import Texts
     from rlquant.llm.settings import KV
@@ -257,15 +257,15 @@ def _texts(
     calibration = None
     plans = [plan_of(name.partition(KV)[0], method) for name, method in settings.rows() if method != "none"]
     if any(plan.needs_calibration for plan in plans):
-        shape = {"windows": settings.calibration_windows, "length": settings.calibration_length}
-        if options.calibration is not None:
-            calibration = calibration_windows(lm, options.calibration, **shape, seed=settings.seed)
-            read["calibration"] = options.calibration.name
-        else:
-            cut = int(len(ids) * (1 - _HELD_OUT))
-            calibration = windows_of([ids[cut:]], **shape, seed=settings.seed, what="the end of the text")
-            ids = ids[:cut]
-            read["calibration"] = f"the last {_HELD_OUT:.0%} of the text, which are not scored"
+        ids, calibration, read["calibration"] = calibration_apart(
+            lm,
+            ids,
+            options.calibration,
+            windows=settings.calibration_windows,
+            length=settings.calibration_length,
+            seed=settings.seed,
+        )
+        if options.calibration is None:
             sys.stderr.write(
                 f"rlquant: calibrated on {read['calibration']}; --calibration FILE takes other data\n"
             )
@@ -275,8 +275,3 @@ def _texts(
     if options.preferences is not None:
         read["preferences"] = options.preferences.name
     return Texts(windows, calibration, pairs), read
-
-
-def _default_folder(source: str) -> Path:
-    name = re.sub(r"[^\w.-]+", "-", Path(source).name or source)
-    return Path("runs") / name.lower()

@@ -24,6 +24,7 @@ _PACKAGES = (
     *("rlquant", "torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "mujoco", "Box2D"),
     *("transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"),
 )
+_LONGEST_NAME = 150
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -135,6 +136,10 @@ class RunFolder:
         held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
         write_atomic(self._piece_path(name, "safetensors"), save(held, {"fingerprint": self.fingerprint}))
 
+    def drop_tensors(self, name: str) -> None:
+        """Remove tensors that are of no use any more; there may be none."""
+        self._piece_path(name, "safetensors").unlink(missing_ok=True)
+
     def forget(self) -> None:
         """Remove what is only of use to an interrupted run."""
         for piece in (self.path / "pieces").glob("*"):
@@ -147,7 +152,10 @@ class RunFolder:
         return self.path / name
 
     def _piece_path(self, name: str, kind: str = "json") -> Path:
-        return self.path / "pieces" / (re.sub(r"[^\w.-]", "_", name) + f".{kind}")
+        plain = re.sub(r"[^\w.-]", "_", name)
+        if len(plain) > _LONGEST_NAME:  # a scheme with many exceptions; file systems stop at 255 bytes
+            plain = f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return self.path / "pieces" / f"{plain}.{kind}"
 
     def _keep_previous(self) -> None:
         """Move the results of other settings aside."""

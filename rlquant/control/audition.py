@@ -1,13 +1,6 @@
-"""Auditions: quick, paired tries of many candidates, on episodes that never score a policy.
-
-A search looks at many schemes and keeps the lucky ones, so what it has looked at proves nothing: the winner
-plays again, on the evaluation's own seeds. Here it is enough to sort out. A candidate that is clearly good or
-clearly bad stops early; the doubtful one plays on.
-"""
+"""Auditions of agents: episodes that never score a policy; see :mod:`rlquant.measure.audition`."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,29 +9,12 @@ from rlquant.control.collect import CALIBRATION_SEED
 from rlquant.control.distill import SELECTION_SEED
 from rlquant.control.pieces import Memory, Pieces
 from rlquant.control.rollout import EnvPool, rollout
-from rlquant.measure import compare
+from rlquant.measure import Heard, audition
 
-__all__ = ["AUDITION_SEED", "Audition", "Heard"]
+__all__ = ["AUDITION_SEED", "Audition"]
 
 AUDITION_SEED = SELECTION_SEED + CALIBRATION_SEED // 2
 """Added to the seed of auditions: they share no episode with calibration, teaching, selection or evaluation."""
-
-_CONFIDENCE = 0.8
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What an audition came to.
-
-    Attributes:
-        retention: share of the reward that is kept; NaN where fp32 itself is no better than random.
-        episodes: that were played.
-        passed: whether the share is at least what was asked for, by the interval or at last by the value.
-    """
-
-    retention: float
-    episodes: int
-    passed: bool
 
 
 class Audition:
@@ -68,19 +44,15 @@ class Audition:
             stages: episodes in all after which it may be decided.
         """
         name = f"audition-{candidate.precision}-{candidate.method}"
-        for episodes in stages:
-            reference = self._returns(self.agent, "audition-fp32", episodes)
-            found = compare(
-                reference,
+        return audition(
+            lambda episodes: (
+                self._returns(self.agent, "audition-fp32", episodes),
                 self._returns(candidate, name, episodes),
-                random_score=self.random_score,
-                margin=max(0.0, 1 - retain),
-                confidence=_CONFIDENCE,
-            )
-            if found.verdict != "undecided":
-                break
-        passed = found.verdict == "retained" or (found.verdict == "undecided" and found.value >= retain)
-        return Heard(found.value, episodes, passed)
+            ),
+            random_score=self.random_score,
+            retain=retain,
+            stages=stages,
+        )
 
     def _returns(self, agent: Agent, name: str, episodes: int) -> np.ndarray:
         returns: list[float] = (self.pieces.piece(name) or {"returns": []})["returns"]

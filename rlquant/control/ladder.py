@@ -1,14 +1,14 @@
 """The ladder: mixed-precision schemes from 8 bits everywhere down to 2, by the sensitivity of each layer.
 
-From rung to rung one layer's weights go down a step: the layer that adds the least divergence per byte saved (a
-greedy knapsack). Activations keep 8 bits, for they cost no bytes.
+Activations keep 8 bits, for they cost no bytes.
 """
 
 from __future__ import annotations
 
 from rlquant.control.agent import Agent
-from rlquant.control.sensitivity import BITS, Sensitivity, roles
-from rlquant.quant import MixedScheme, Scheme
+from rlquant.control.sensitivity import BITS, roles
+from rlquant.measure import Sensitivity
+from rlquant.quant import MixedScheme, Scheme, Step, greedy_ladder
 
 __all__ = ["ladder"]
 
@@ -21,21 +21,10 @@ def ladder(agent: Agent, found: list[Sensitivity]) -> list[MixedScheme]:
         found: its sensitivities; those of weights decide.
     """
     cost = {(each.layer, each.bits): each.divergence for each in found if each.tensor == "weights"}
-    bits = dict.fromkeys(roles(agent.actor), BITS[0])
-    sizes = {name: agent.actor.get_submodule(name) for name in bits}
-    weights = {name: sum(p.numel() for p in layer.parameters()) for name, layer in sizes.items()}
-    rungs = [_scheme(bits)]
-    while any(count > BITS[-1] for count in bits.values()):
-        steps = {}
-        for name, count in bits.items():
-            if count > BITS[-1]:
-                lower = BITS[BITS.index(count) + 1]
-                added = max(0.0, cost[name, lower] - cost[name, count])
-                steps[name] = (added / (weights[name] * (count - lower)), lower)
-        name = min(steps, key=lambda each: steps[each])
-        bits[name] = steps[name][1]
-        rungs.append(_scheme(bits))
-    return rungs
+    layers = {name: agent.actor.get_submodule(name) for name in roles(agent.actor)}
+    weights = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
+    parts = {name: [Step(count * bits, cost[name, bits]) for bits in BITS] for name, count in weights.items()}
+    return [_scheme({name: BITS[index] for name, index in rung.items()}) for rung in greedy_ladder(parts)]
 
 
 def _scheme(bits: dict[str, int]) -> MixedScheme:

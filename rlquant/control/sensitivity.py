@@ -8,7 +8,6 @@ which is smooth and cheap, and by the reward that is kept in a few episodes, whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -17,33 +16,13 @@ from rlquant.control.agent import Agent
 from rlquant.control.choose import divergence
 from rlquant.control.input_bits import observation_layers
 from rlquant.control.quantizer import Quantizer
+from rlquant.measure import Sensitivity
 from rlquant.quant import MixedScheme, Scheme, quantizable
 
-__all__ = ["BITS", "Sensitivity", "best_method", "roles", "sensitivities"]
+__all__ = ["BITS", "best_method", "roles", "sensitivities"]
 
 BITS = (8, 4, 3, 2)
 _EXACT_BITS = 16  # of weights beside a quantized input: activations are integers beside integers
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The cost of one tensor at some bits.
-
-    Attributes:
-        layer: qualified name in the network.
-        role: ``observation`` (a first layer), ``head`` (the last one) or ``hidden``.
-        tensor: ``weights`` or ``input``.
-        bits: of that tensor.
-        divergence: of the outputs from the fp32 agent's; 0 for none.
-        retention: share of the reward that is kept; None where no episodes were played.
-    """
-
-    layer: str
-    role: str
-    tensor: str
-    bits: int
-    divergence: float
-    retention: float | None
 
 
 def sensitivities(
@@ -71,7 +50,8 @@ def sensitivities(
 
 
 def roles(actor: Actor) -> dict[str, str]:
-    """The role of each layer that can be quantized, by qualified name."""
+    """The role of each layer that can be quantized, by qualified name: ``observation`` (a first layer), ``head`` (the
+    last one) or ``hidden``."""
     first = observation_layers(actor)
     names = list(quantizable(actor))
     last = [name for name in names if isinstance(actor.get_submodule(name), nn.Linear)][-1:]

@@ -88,6 +88,20 @@ class BlockStream:
             yield index, one
             self._pass(one)
 
+    def onward(self, index: int) -> list[Tensor]:
+        """What would leave the decoder, its last norm passed, if block ``index`` were as it is now.
+
+        For use while that block is at hand; the hidden states of the stream stay where they are. One tensor
+        ``[batch, length, hidden]`` for each batch, on the device of the norm.
+        """
+        decoder, left = decoder_of(self.lm.model), []
+        with torch.no_grad():
+            for hidden in self.hidden:
+                for block in decoder.layers[index:]:
+                    hidden = OneBlock(block, self._arguments)(hidden)
+                left.append(decoder.norm(hidden.to(device_of(decoder.norm))))
+        return left
+
     def _pass(self, one: OneBlock) -> None:
         with torch.no_grad():
             for hidden in self.hidden:

@@ -12,7 +12,35 @@ from rlquant.errors import InputError
 from rlquant.llm.data import as_text, read_texts
 from rlquant.llm.model import LanguageModel
 
-__all__ = ["calibration_windows", "windows_of"]
+__all__ = ["calibration_apart", "calibration_windows", "windows_of"]
+
+_HELD_OUT = 0.2
+"""Share of the text, at its end, that calibrates where no other data is given."""
+
+
+def calibration_apart(
+    lm: LanguageModel, ids: list[int], path: Path | None, *, windows: int, length: int, seed: int
+) -> tuple[list[int], Tensor, str]:
+    """Calibration windows from a file, or from the end of a text where there is none.
+
+    Args:
+        lm: whose tokens they are.
+        ids: of the text.
+        path: of the calibration data, or None.
+        windows, length, seed: see :func:`windows_of`.
+
+    Returns:
+        The part of the text that is left to score, the windows as int64 ``[windows, length]``, and in words what
+        they are.
+
+    Raises:
+        InputError: the file cannot be read, or there is less than one window.
+    """
+    if path is not None:
+        return ids, calibration_windows(lm, path, windows=windows, length=length, seed=seed), path.name
+    cut = int(len(ids) * (1 - _HELD_OUT))
+    drawn = windows_of([ids[cut:]], windows=windows, length=length, seed=seed, what="the end of the text")
+    return ids[:cut], drawn, f"the last {_HELD_OUT:.0%} of the text, which are not scored"
 
 
 def calibration_windows(

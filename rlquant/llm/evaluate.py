@@ -28,7 +28,7 @@ from rlquant.measure import Agreement, Measurement, Retention, Score, Size, comp
 from rlquant.quant import weight_bytes
 from rlquant.runs import RunFolder
 
-__all__ = ["LanguageEvaluation", "Texts", "generation_json", "subject"]
+__all__ = ["LanguageEvaluation", "RowBlocks", "Texts", "generation_json", "subject"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,6 +92,7 @@ class LanguageEvaluation:
         texts: what to read.
         folder: keeps finished rows, and finished blocks of rows, for a resumed run.
         progress: called with (row name, done, wanted).
+        rows: (precision, method) of each row, the reference first; by default those of the settings.
     """
 
     def __init__(
@@ -102,13 +103,15 @@ class LanguageEvaluation:
         *,
         folder: RunFolder,
         progress: Progress = lambda _name, _done, _wanted: None,
+        rows: Sequence[tuple[str, str]] | None = None,
     ) -> None:
+        self.pairs = settings.rows() if rows is None else rows
         self.lm, self.settings, self.texts = lm, settings, texts
         self.folder, self.progress = folder, progress
 
     def run(self) -> dict[str, Any]:
         """Evaluate every row; the ``reference`` and ``rows`` of a results document."""
-        rows = [self._measured(_Row(*pair)) for pair in self.settings.rows()]
+        rows = [self._measured(_Row(*pair)) for pair in self.pairs]
         random_score = -math.log(self.lm.vocabulary)
         measured = [self._measurement(row, rows[0], random_score).to_row() for row in rows]
         for row, entry in zip(rows, measured, strict=True):
@@ -129,7 +132,7 @@ class LanguageEvaluation:
                 row.weights,
                 row.method,
                 calibration=self.texts.calibration,
-                store=_Blocks(self.folder, row.name),
+                store=RowBlocks(self.folder, row.name),
             )
             size = weight_bytes(lm.model)
             runtime = accelerate_(lm, self.settings.reference, row.weights)
@@ -145,7 +148,7 @@ class LanguageEvaluation:
     def _profile(self, row: _Row, lm: LanguageModel, runtime: str) -> dict[str, Any]:
         """What is measured besides the losses."""
         settings, windows = self.settings, self.texts.windows
-        some = Windows(windows.tokens[: settings.agreement_windows], windows.stride)
+        some = windows.first(settings.agreement_windows)
         cache = row.cache(lm)
         is_reference = lm is self.lm and cache is None
         agreement = None if is_reference else compare_windows(self.lm, lm, some, cache=cache)
@@ -199,17 +202,24 @@ class LanguageEvaluation:
         )
 
 
-class _Blocks:
-    """Finished blocks of one row in a run folder."""
+class RowBlocks:
+    """Finished blocks of one row (``precision-method``) in a run folder."""
 
     def __init__(self, folder: RunFolder, row: str) -> None:
         self.folder, self.row = folder, row
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """See :class:`~rlquant.llm.quantize.BlockStore`."""
         return self.folder.tensors(f"{self.row}-{name}")
 
     def save_tensors(self, name: str, tensors: Any) -> None:
+        """See :class:`~rlquant.llm.quantize.BlockStore`."""
         self.folder.save_tensors(f"{self.row}-{name}", tensors)
+
+    def drop(self, blocks: int) -> None:
+        """Remove them."""
+        for index in range(blocks):
+            self.folder.drop_tensors(f"{self.row}-block-{index}")
 
 
 def generation_json(generation: Generation) -> dict[str, Any]:

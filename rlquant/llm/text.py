@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rlquant.errors import InputError
 from rlquant.llm.model import LanguageModel
 
-__all__ = ["Agreement", "Windows", "compare_windows", "window_losses"]
+__all__ = ["Agreement", "Windows", "compare_windows", "log_probabilities", "window_losses"]
 
 _CHUNK_LOGITS = 2**25  # of a window's logits in float32 at once: 128 MB
 _TOGETHER = 16  # windows in one forward on a GPU; on a CPU they would only take more memory
@@ -54,6 +54,16 @@ class Windows:
                 f"the text has {len(ids)} tokens, fewer than one window of {length}: give more text"
             )
         return cls(np.array([ids[start : start + length] for start in starts], np.int64), stride)
+
+    def parted(self, count: int, seed: int = 0) -> tuple[Windows, Windows]:
+        """``count`` windows drawn at random, and the others; both in the order of the text."""
+        order = np.random.default_rng(seed).permutation(len(self.tokens))
+        drawn, others = (np.sort(part) for part in (order[:count], order[count:]))
+        return Windows(self.tokens[drawn], self.stride), Windows(self.tokens[others], self.stride)
+
+    def first(self, count: int) -> Windows:
+        """The first ``count`` of them, or all where there are fewer."""
+        return Windows(self.tokens[:count], self.stride)
 
     @property
     def scored(self) -> int:
@@ -130,7 +140,7 @@ def compare_windows(
         for states in zip(_hidden(reference, rows, None), _hidden(lm, rows, cache), strict=True):
             for part in _chunks(positions, lm.vocabulary):
                 pair = zip((reference, lm), states, strict=True)
-                p, q = (_log_probabilities(each, state[part]) for each, state in pair)
+                p, q = (log_probabilities(each, state[part]) for each, state in pair)
                 q = q.to(p.device)
                 divergence += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
                 agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
@@ -161,13 +171,14 @@ def _losses(lm: LanguageModel, hidden: Tensor, row: Tensor, scored: int) -> Tens
     """Losses of the last ``scored`` tokens, the head's output in chunks: float32 ``[scored]``."""
     targets = row.to(hidden.device)
     losses = [
-        -_log_probabilities(lm, hidden[part]).gather(1, targets[[at + 1 for at in part]][:, None])[:, 0]
+        -log_probabilities(lm, hidden[part]).gather(1, targets[[at + 1 for at in part]][:, None])[:, 0]
         for part in _chunks(range(len(row) - 1 - scored, len(row) - 1), lm.vocabulary)
     ]
     return torch.cat(losses)
 
 
-def _log_probabilities(lm: LanguageModel, hidden: Tensor) -> Tensor:
+def log_probabilities(lm: LanguageModel, hidden: Tensor) -> Tensor:
+    """Of the next token, from last hidden states ``[..., hidden]``: float32 ``[..., vocabulary]``."""
     with torch.no_grad():
         return F.log_softmax(lm.model.get_output_embeddings()(hidden).float(), dim=-1)
 

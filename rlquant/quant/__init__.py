@@ -15,6 +15,7 @@ from rlquant.quant.embedding import QuantEmbedding
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
 from rlquant.quant.kinds import empty_layer
+from rlquant.quant.ladder import Step, greedy_ladder
 from rlquant.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear, device_of
 from rlquant.quant.methods import METHODS, Finisher, Method, Rule, Transform, get_method
 from rlquant.quant.metrics import max_error, mse, sqnr_db
@@ -59,6 +60,7 @@ __all__ = [
     "QuantizedWeight",
     "Rule",
     "Scheme",
+    "Step",
     "Transform",
     "center_head_",
     "convert_",
@@ -71,6 +73,7 @@ __all__ = [
     "get_format",
     "get_method",
     "get_observer",
+    "greedy_ladder",
     "grid_parameters",
     "max_error",
     "mse",

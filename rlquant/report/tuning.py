@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlquant.measure import short_name
 from rlquant.report.plain import plain_table
 from rlquant.report.wording import UNDEFINED, bytes_text, percent_text
 
@@ -14,31 +15,44 @@ if TYPE_CHECKING:
 __all__ = ["front_table", "sensitivity_table"]
 
 
-def sensitivity_table(tensors: Sequence[dict[str, Any]]) -> Table:
-    """One line per tensor: the share of reward that is kept where it alone has so many bits.
+def sensitivity_table(tensors: Sequence[dict[str, Any]], most: int = 24) -> Table:
+    """One line per tensor that it costs most to quantize alone: what is kept, or added, at so many bits.
 
     Args:
         tensors: of ``tune.json``.
+        most: lines to show.
     """
     counts = sorted({each["bits"] for each in tensors}, reverse=True)
-    table = _table(
-        "Reward kept with one tensor alone at", ["layer", "role", "tensor"], [f"{n} bits" for n in counts]
-    )
-    lines: dict[tuple[str, str, str], dict[int, Any]] = {}
+    lines: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for each in tensors:
-        lines.setdefault((each["layer"], each["role"], each["tensor"]), {})[each["bits"]] = each["retention"]
-    for names, kept in lines.items():
-        table.add_row(*names, *(_share(kept.get(count)) for count in counts))
+        lines.setdefault((each["layer"], each["role"], each["tensor"]), {})[each["bits"]] = each
+    rewarded = any(each["retention"] is not None for each in tensors)
+    title = "Reward kept" if rewarded else "Divergence from the float model, nats a token,"
+    table = _table(
+        f"{title} with one tensor alone at", ["layer", "role", "tensor"], [f"{n} bits" for n in counts]
+    )
+    worst = sorted(lines, key=lambda names: -max(each["divergence"] for each in lines[names].values()))
+    shown = set(worst[:most])
+    for names, cost in lines.items():
+        if names in shown:
+            table.add_row(*names, *(_cost(cost.get(count), rewarded) for count in counts))
+    if len(lines) > most:
+        table.caption = f"{len(lines) - most} that cost less are in tune.json"
     return table
 
 
-def front_table(trials: Sequence[dict[str, Any]]) -> Table:
-    """One line per scheme that no other beats in both bytes and reward."""
-    table = _table("Pareto front of the auditions", ["scheme", "method"], ["bytes", "kept", "episodes", ""])
+def front_table(trials: Sequence[dict[str, Any]], unit: str = "episodes") -> Table:
+    """One line per scheme that no other beats in both bytes and reward.
+
+    Args:
+        trials: the front of ``tune.json``.
+        unit: what auditions are made of.
+    """
+    table = _table("Pareto front of the auditions", ["scheme", "method"], ["bytes", "kept", unit, ""])
     for trial in trials:
         kept = _share(trial["retention"])
         table.add_row(
-            trial["scheme"],
+            short_name(trial["scheme"]),
             trial["method"],
             bytes_text(trial["bytes"]),
             kept,
@@ -46,6 +60,12 @@ def front_table(trials: Sequence[dict[str, Any]]) -> Table:
             "passes" if trial["passed"] else "fails",
         )
     return table
+
+
+def _cost(tensor: dict[str, Any] | None, rewarded: bool) -> str:
+    if tensor is None:
+        return UNDEFINED
+    return _share(tensor["retention"]) if rewarded else f"{tensor['divergence']:.5f}"
 
 
 def _table(title: str, names: list[str], numbers: list[str]) -> Table:

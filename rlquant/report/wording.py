@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlquant.measure import MORE_EPISODES_CAP
+from rlquant.measure import MORE_EPISODES_CAP, short_name
 
 __all__ = [
     "UNDEFINED",
@@ -96,7 +96,7 @@ def row_verdict(document: dict[str, Any], row: Row) -> str:
 
 def row_labels(rows: Sequence[Row]) -> list[str]:
     """A distinct name for each row: its precision, with method, runtime or a number only where needed."""
-    names = [row["precision"] for row in rows]
+    names = [short_name(row["precision"]) for row in rows]
     for key in ("method", "runtime"):
         count = Counter(names)
         varied = {n for n in count if len({r[key] for r, m in zip(rows, names, strict=True) if m == n}) > 1}

@@ -22,12 +22,11 @@ from torch import nn
 
 from rlquant.control import Agent, EnvPool, Quantizer, Settings, load, load_artifact, quantize_agent, rollout
 from rlquant.control.audition import Audition
-from rlquant.control.goal import Goal
 from rlquant.control.ladder import ladder
-from rlquant.control.sensitivity import BITS, Sensitivity, roles, sensitivities
+from rlquant.control.sensitivity import BITS, roles, sensitivities
 from rlquant.control.tune import tune
 from rlquant.errors import InputError
-from rlquant.measure import validate_results
+from rlquant.measure import Goal, Sensitivity, validate_results
 from rlquant.quant import MixedScheme, weight_bytes
 from rlquant.units import parse_bytes, parse_seconds
 

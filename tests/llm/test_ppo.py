@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pydantic import ValidationError
 
 from rlquant.errors import InputError
 from rlquant.llm.adapters import AdapterSettings, base_model
@@ -359,11 +360,11 @@ def test_a_changed_base_is_noticed() -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not divide into minibatches of 5"):
+    with pytest.raises(ValidationError, match="does not divide into minibatches of 5"):
         but(FAST, minibatch=5)
-    with pytest.raises(InputError, match="gamma must be from 0 to 1"):
+    with pytest.raises(ValidationError, match="gamma"):
         but(FAST, gamma=1.5)
-    with pytest.raises(InputError, match="unknown KL estimator 'k9'"):
+    with pytest.raises(ValidationError, match="'k1', 'k2' or 'k3'"):
         but(FAST, kl_estimator="k9")
     roles = roles_of()
     with pytest.raises(InputError, match="row 1 has no text under prompt"):
