@@ -21,7 +21,7 @@ from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples
-from rlquant.llm.finish import compare_models, reward_scorer, write_samples
+from rlquant.llm.finish import compare_models, reward_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.reward_training import prompt_text
 from rlquant.llm.rewards import load_reward, reward_for_trl
@@ -97,7 +97,7 @@ def main(config: Config, run: RunFolder) -> None:
         score="mean reward",
         sample="prompt",
         merge=config.merge,
-        calibration=[row["prompt"] for row in train],
+        calibration=shown_texts(train),
     )
     samples = write_samples(run, lm, trainer.model, held_out, new_tokens=config.new_tokens)
     publish_gain(run, lm, config, outcome, {**learned, "left_out": data.left_out}, samples)

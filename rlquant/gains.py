@@ -62,8 +62,13 @@ def _card(document: Mapping[str, Any], samples: str) -> str:
             "",
             gain_sentence(dict(document)),
             "",
-            f"Trained on {config['data']['path']} on a frozen base in {config['model']['precision']} "
-            f"(its SHA-256 before and after: {training['base_sha256']}), adapters in float32.",
+            f"Trained on {config['data']['path']} on a frozen base in {config['model']['precision']}"
+            + (
+                f" (its SHA-256 before and after: {training['base_sha256']})"
+                if training["base_sha256"]
+                else ""
+            )
+            + ", adapters in float32.",
             "",
             "| weights | method | score | MB |",
             "|---|---|---|---|",

@@ -38,6 +38,7 @@ __all__ = [
     "divergence_from_base",
     "pair_scorer",
     "reward_scorer",
+    "shown_texts",
     "text_scorer",
     "write_samples",
 ]
@@ -63,6 +64,7 @@ def compare_models(
     merge: MergeSettings | None,
     calibration: Sequence[Any] = (),
     adapter: str = ADAPTER,
+    keep: Callable[[str, LanguageModel], None] = lambda _name, _lm: None,
 ) -> Outcome:
     """Score base, tuned and merged models; save the adapter. Finished models are not scored again.
 
@@ -76,6 +78,7 @@ def compare_models(
         merge: what becomes of the adapter; None merges nothing.
         calibration: texts or conversations that quantization of the merged model looks at.
         adapter: what was trained; it is the active one afterwards.
+        keep: is shown each merged model once, with its name.
     """
     use_adapter(model, adapter)
     save_adapter(model, adapter, run.path / "adapter")
@@ -89,6 +92,8 @@ def compare_models(
         kept = run.piece(f"scores-{name}")
         if kept is None:
             candidate = make()
+            if name.startswith("merged"):
+                keep(name, candidate)
             scores, notes = scorer(candidate)
             kept = {
                 "scores": scores.tolist(),
@@ -171,6 +176,18 @@ def reward_scorer(
         return means, {"tokens": float(np.mean(lengths))}
 
     return score
+
+
+def shown_texts(rows: Sequence[Row]) -> list[Any]:
+    """What rows show a model: a text, or a prompt with its (chosen) answer where there is one."""
+    shown = []
+    for row in rows:
+        if "prompt" not in row:
+            shown.append(row["text"])
+            continue
+        answer = row.get("chosen", row.get("completion"))
+        shown.append(row["prompt"] if answer is None else row["prompt"] + answer)
+    return shown
 
 
 def divergence_from_base(lm: LanguageModel, model: Any, rows: Sequence[Row], longest: int) -> float:

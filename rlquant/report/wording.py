@@ -231,7 +231,7 @@ def _way_out(document: dict[str, Any], row: Row) -> str:
     sample = words(document).sample
     more = row["retention"].get("more_episodes")
     if row["retention"]["value"] is None or more is None:
-        reason = row["retention"].get("reason", "")
+        reason = row["retention"].get("reason", "").replace("random", words(document).floor)
         return f"{reason[:1].upper()}{reason[1:]}." if reason else ""
     if more >= MORE_EPISODES_CAP:
         return f"It lies on the line: even {more:,} more {sample}s might not decide."

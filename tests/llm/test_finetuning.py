@@ -17,6 +17,7 @@ import pytest
 import tiny
 
 from rlquant.llm.backbone import BaseSettings, load_backbone
+from rlquant.llm.load import load
 from rlquant.llm.reward_model import ModelReward, load_reward_model
 from rlquant.llm.reward_training import pair_texts
 from rlquant.llm.roles import Roles
@@ -132,6 +133,58 @@ def test_a_reward_model_learns_and_is_read_as_a_role(
     assert pair_texts(backbone.lm, rows) == [
         {"chosen": "31 and 5 make 531. ", "rejected": "31 and 5 make 36. "}
     ]
+
+
+@pytest.mark.slow
+def test_merging_a_finished_run(rlquant: Run, folder: Path, texts: Path, tmp_path: Path) -> None:
+    settings = (f"model={folder}", f"data={texts}", "train.steps=12", "train.lr=5e-3", "merge=null")
+    assert rlquant("run", "sft-qlora", *settings, *SMALL[:6], "--out", tmp_path / "sft").status == 0
+    common = (
+        f"run={tmp_path / 'sft'}",
+        "merge.precisions=[fp32,int4-g32]",
+        "merge.methods=[rtn]",
+        "save=true",
+    )
+    gains = {}
+    for onto in ("original", "dequantized"):
+        out = tmp_path / onto
+        done = rlquant("run", "merge", *common, f"merge.onto={onto}", "--out", out)
+        assert done.status == 0, done.err
+        document = results(out)
+        assert document["gain"]["tuned"] == pytest.approx(
+            results(tmp_path / "sft")["gain"]["tuned"], rel=1e-6
+        )
+        gains[onto] = {row["precision"]: row["retention"]["value"] for row in document["rows"]}
+    # On the weights that it was trained on, the merged float model is the tuned one.
+    assert gains["dequantized"]["fp32"] == pytest.approx(1.0, abs=1e-4)
+    assert gains["original"]["int4-g32"] > 0.8
+    lm = load(str(tmp_path / "original" / "merged-int4-g32-rtn"))
+    assert lm.precision == "int4-g32"
+    done = rlquant("run", "merge", f"run={tmp_path}")
+    assert done.status == 2
+    assert "is no folder of a run" in done.err
+
+
+@pytest.mark.slow
+def test_rlhf_in_one_command(rlquant: Run, folder: Path, pairs: Path, tmp_path: Path) -> None:
+    sizes = "{train: {steps: 8, lr: 3.0e-3, batch: 8, accumulate: 1}}"
+    ppo = "{ppo: {steps: 2, batch: 8, minibatch: 8, epochs: 1, max_new_tokens: 5}, samples: 1, merge: null}"
+    settings = (
+        f"model={folder}",
+        f"data={pairs}",
+        "data.max_length=64",
+        "data.max_prompt=32",
+        "adapters.rank=8",
+    )
+    command = ("run", "rlhf-qlora", *settings, f"reward={sizes}", f"policy={ppo}", "--out", tmp_path)
+    done = rlquant(*command)
+    assert done.status == 0, done.err
+    assert (tmp_path / "reward" / "reward" / "reward.json").exists()
+    scores = results(tmp_path / "policy")["rows"][0]["score"]["episodes"]
+    assert len(scores) == 8
+    done = rlquant(*command[:-2], "reward={train: {stepps: 1}}", *command[-2:])
+    assert done.status == 2
+    assert "'train.stepps'; did you mean 'train.steps'" in done.err
 
 
 @pytest.fixture
