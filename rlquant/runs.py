@@ -103,6 +103,11 @@ class RunFolder:
         write_atomic(self.path / "settings.json", json.dumps(settings, indent=1, sort_keys=True, default=str))
         write_atomic(self.path / "pieces" / "fingerprint", self.fingerprint)
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints of exactly these settings lie: those of others are never resumed."""
+        return self.path / "checkpoints" / self.fingerprint
+
     def piece(self, name: str) -> dict[str, Any] | None:
         """A piece that an earlier, interrupted run of the same settings left behind."""
         try:

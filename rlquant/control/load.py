@@ -20,7 +20,7 @@ from rlquant.control.spaces import Space
 from rlquant.control.zoo_folder import ZooFolder, find_zoo_folder
 from rlquant.errors import InputError, nearest
 
-__all__ = ["from_sb3", "load"]
+__all__ = ["card_spec", "checkpoint_file", "from_sb3", "load"]
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
     if str(source) in catalog.agents() and not path.exists():
         card = catalog.agent_card(str(source))
         folder = catalog.agent_folder(str(source))
-        spec = _card_spec(env or str(card["env"]))
+        spec = card_spec(env or str(card["env"]))
         agent = _from_zip(folder / "agent.zip", spec, {}, int(card.get("frame_stack", 1)), trust)
         return replace(agent, source=str(source))
     if not path.exists():
@@ -140,7 +140,23 @@ def _missing(source: str | Path) -> InputError:
     )
 
 
-def _card_spec(env_id: str) -> EnvSpec:
+def checkpoint_file(source: str | Path) -> Path:
+    """The SB3 zip of a source that :func:`load` knows. Raises InputError for an artifact, which has none."""
+    path = Path(source)
+    if str(source) in catalog.agents() and not path.exists():
+        return catalog.agent_folder(str(source)) / "agent.zip"
+    if not path.exists():
+        raise _missing(source)
+    zoo = find_zoo_folder(path)
+    if zoo is None and not path.is_file():
+        raise InputError(
+            f"{source} is no Stable-Baselines3 checkpoint: name a shipped agent, a .zip or an rl-zoo folder"
+        )
+    return zoo.checkpoint if zoo else path
+
+
+def card_spec(env_id: str) -> EnvSpec:
+    """The environment as its card describes it; just the id where there is none."""
     card = catalog.env_card(env_id)
     return EnvSpec(card["make"]["id"], dict(card["make"]["kwargs"])) if card else EnvSpec(env_id)
 
@@ -150,7 +166,7 @@ def _named(env: str | None, path: Path) -> EnvSpec:
         raise InputError(
             f"{path} does not say which environment it was trained in; name it: --env CartPole-v1"
         )
-    return _card_spec(env)
+    return card_spec(env)
 
 
 def _from_zoo(zoo: ZooFolder, env: str | None, trust: bool) -> Agent:

@@ -18,7 +18,7 @@ from rlquant.control.head import Head
 from rlquant.control.spaces import Space, flat_size
 from rlquant.errors import InputError
 
-__all__ = ["build_network", "example_inputs"]
+__all__ = ["activation_class", "build_network", "example_inputs"]
 
 _TENSORS = dict[str, Tensor]
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
@@ -69,7 +69,7 @@ class _Builder:
         self.kwargs = kwargs
         self.observation = observation
         default = "Tanh" if algorithm in _ACTOR_CRITIC else "ReLU"
-        self.activation = _activation(kwargs, default)
+        self.activation = activation_class(kwargs, default)
 
     def actor_critic(self) -> Actor:
         """A2C, PPO, TRPO and their recurrent and masked kin."""
@@ -188,7 +188,7 @@ def _fill(layer: _Layer, weight: Tensor, bias: Tensor | None) -> _Layer:
     return layer
 
 
-def _activation(kwargs: dict[str, Any], default: str) -> type[nn.Module]:
+def activation_class(kwargs: dict[str, Any], default: str) -> type[nn.Module]:
     """The activation class named by ``policy_kwargs['activation_fn']``, printed as ``<class 'torch...Tanh'>``."""
     name = str(kwargs.get("activation_fn") or default).rstrip("'>").split(".")[-1]
     if name not in ACTIVATIONS:

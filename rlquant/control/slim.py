@@ -21,9 +21,9 @@ from torch import nn
 
 from rlquant.errors import InputError
 
-__all__ = ["save_actor"]
+__all__ = ["CRITIC_PREFIXES", "save_actor"]
 
-_CRITIC_PREFIXES = (
+CRITIC_PREFIXES = (
     "vf_features_extractor.",
     "mlp_extractor.value_net.",
     "value_net.",
@@ -141,11 +141,11 @@ def _layers(net_arch: Any, head: str) -> list[int]:
 def _copy_actor(source: nn.Module, target: nn.Module) -> None:
     """Copy every tensor of the actor from ``source`` to ``target``; zero the critics of ``target``."""
     for name, parameter in target.named_parameters():
-        if name.startswith(_CRITIC_PREFIXES):
+        if name.startswith(CRITIC_PREFIXES):
             parameter.data.zero_()
     state, trained = target.state_dict(), source.state_dict()
     for name, tensor in state.items():
-        if name.startswith(_CRITIC_PREFIXES):
+        if name.startswith(CRITIC_PREFIXES):
             continue
         if name not in trained or trained[name].shape != tensor.shape:
             raise InputError(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +13,7 @@ from transformers import TrainerCallback
 
 from rlquant.config import Section
 from rlquant.errors import InputError
+from rlquant.interrupts import CtrlC
 from rlquant.llm.adapter_layer import named_as_peft_does
 from rlquant.llm.adapters import (
     AdapterSettings,
@@ -72,7 +70,7 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
         raise InputError("train.optimizer = 'paged_adamw_8bit' needs a CUDA device: take adamw")
     _check_report(settings.report)
     return {
-        "output_dir": str(_checkpoints(run)),
+        "output_dir": str(run.checkpoints),
         "learning_rate": settings.lr,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.steps or -1,
@@ -165,9 +163,9 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     trainer.add_callback(stop)
     try:
         with stop.listening():
-            result = trainer.train(resume_from_checkpoint=_last_checkpoint(_checkpoints(run)))
+            result = trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoints))
     except torch.OutOfMemoryError:
-        raise InputError(_out_of_memory(settings, _checkpoints(run))) from None
+        raise InputError(_out_of_memory(settings, run.checkpoints)) from None
     except OSError as error:
         raise InputError(
             f"a checkpoint cannot be written: {error.strerror or error}; free some space, then repeat the "
@@ -191,8 +189,8 @@ def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
         InputError: as :meth:`~rlquant.llm.ppo.PPO.run`; memory ran out.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    stop, start = _StopAtCtrlC(), time.monotonic()
-    checkpoint = _checkpoints(run).with_suffix(".safetensors")
+    stop, start = CtrlC(), time.monotonic()
+    checkpoint = run.checkpoints.with_suffix(".safetensors")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     kept = run.piece("metrics") or {"steps": []}
     metrics: list[dict[str, float]] = kept["steps"]
@@ -222,45 +220,14 @@ def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
     }
 
 
-class _StopAtCtrlC(TrainerCallback):
-    """The first Ctrl-C ends the step at hand with a checkpoint, the second one ends everything."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the signal for a while."""
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(*_: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            sys.stderr.write(
-                "\nrlquant: stopping after this step, with a checkpoint; again to stop at once\n"
-            )
-
-        try:
-            signal.signal(signal.SIGINT, ask)
-        except ValueError:  # not in the main thread, where no Ctrl-C arrives
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+class _StopAtCtrlC(TrainerCallback, CtrlC):
+    """Ends the step at hand with a checkpoint."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Of transformers' callbacks."""
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
-
-
-def _checkpoints(run: RunFolder) -> Path:
-    """Where checkpoints of exactly these settings lie: those of others are never resumed."""
-    return run.path / "checkpoints" / run.fingerprint
 
 
 def _last_checkpoint(folder: Path) -> str | None:
