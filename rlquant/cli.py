@@ -374,7 +374,7 @@ def tune(
         str | None,
         typer.Option(
             "--widths",
-            help="Bits that parts of blocks may have, of 8,6,5,4,3,2; 8,4,3,2.",
+            help="Bits that parts of blocks may have; 8,6,5,4,3,2. Other formats have 8,4,3,2.",
             rich_help_panel=_LM,
         ),
     ] = None,

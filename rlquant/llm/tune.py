@@ -1,6 +1,6 @@
 """Finds the smallest mixed-precision plan that keeps a language model's lead over uniform guessing.
 
-1. *Sensitivity* of every part (:mod:`~rlquant.llm.sensitivity`), by default at 8, 4, 3 and 2 bits.
+1. *Sensitivity* of every part (:mod:`~rlquant.llm.sensitivity`), by default at 8, 6, 5, 4, 3 and 2 bits.
 2. *Ladder*: from the most bits everywhere the part whose next step down adds the least divergence a byte goes down,
    until none can (:func:`rlquant.quant.greedy_ladder`).
 3. *Bisection and proof*, as :mod:`rlquant.measure.search` says. Auditions read windows of text that are drawn at
