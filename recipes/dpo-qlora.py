@@ -19,7 +19,7 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
-from rlquant.llm.examples import DataSettings, read_examples
+from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, divergence_from_base, pair_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
@@ -40,6 +40,7 @@ class Config(Section):
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
+    require_data(config.data)
     require_memory("dpo", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank)
     base = load_backbone(config.model)
     data = read_examples(config.data, "pairs", token_counter(base.lm))

@@ -20,7 +20,7 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
-from rlquant.llm.examples import DataSettings, read_examples
+from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.reward_training import prompt_text
@@ -51,6 +51,7 @@ class Config(Section):
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
+    require_data(config.data)
     length = config.data.max_prompt + config.new_tokens
     rank = config.adapters.rank
     require_memory("grpo", config.model, config.train, seq=length, rank=rank, completion=config.new_tokens)

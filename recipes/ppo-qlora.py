@@ -18,7 +18,7 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
-from rlquant.llm.examples import DataSettings, read_examples
+from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.ppo import PPO, PPOSettings
@@ -49,6 +49,7 @@ class Config(Section):
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
+    require_data(config.data)
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))

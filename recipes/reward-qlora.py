@@ -18,7 +18,7 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
-from rlquant.llm.examples import DataSettings, read_examples
+from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.outcome import Contender, Outcome
 from rlquant.llm.reward_training import pair_rewards, pair_texts, reward_trainer, save_trained_reward
 from rlquant.llm.training import TrainSettings, fit, require_memory, trainer_arguments
@@ -39,6 +39,7 @@ class Config(Section):
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare."""
+    require_data(config.data)
     require_memory(
         "reward", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank
     )

@@ -20,7 +20,7 @@ from rlquant.config import Section
 from rlquant.errors import InputError, missing_package
 from rlquant.llm.data import Messages, Pair, as_pair, read_rows
 
-__all__ = ["DataSettings", "Examples", "Kind", "as_chat", "read_examples"]
+__all__ = ["DataSettings", "Examples", "Kind", "as_chat", "read_examples", "require_data"]
 
 Kind = Literal["pairs", "texts", "prompts"]
 _NEEDED = {
@@ -94,6 +94,15 @@ def read_examples(settings: DataSettings, kind: Kind, length: Callable[[Any], in
     return Examples(train, held_out, bad.counts)
 
 
+def require_data(settings: DataSettings) -> None:
+    """Say that a file is missing before a model is loaded. Raises InputError."""
+    path = Path(settings.path).expanduser()
+    if _is_file(path, settings) and not path.is_file():
+        raise InputError(
+            f"data.path = {settings.path!r}: there is no such file, and it is no dataset's Hub id"
+        )
+
+
 def as_chat(prompt: str | Messages, answer: str | Messages | None = None) -> tuple[Messages, Messages]:
     """A prompt and an answer as turns of a conversation; those that are turns already stay as they are."""
     first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -134,13 +143,14 @@ _LONG = "is longer than data.max_length or data.max_prompt"
 
 def _rows(settings: DataSettings) -> list[dict[str, Any]]:
     path = Path(settings.path).expanduser()
-    if path.exists() or path.suffix or settings.path.count("/") != 1:
-        rows = read_rows(path)[: settings.limit]
-    else:
-        rows = _from_hub(settings)
+    rows = read_rows(path)[: settings.limit] if _is_file(path, settings) else _from_hub(settings)
     if not rows:
         raise InputError(f"{settings.path} holds no row")
     return rows
+
+
+def _is_file(path: Path, settings: DataSettings) -> bool:
+    return path.exists() or bool(path.suffix) or settings.path.count("/") != 1
 
 
 def _from_hub(settings: DataSettings) -> list[dict[str, Any]]:

@@ -344,7 +344,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, texts: Path, tm
         ("model.device=cuda:9", "torch sees"),
         ("train.optimizer=paged_adamw_8bit", "needs a CUDA device"),
         ("train.lr=1e-20", "vanish"),
-        ("data=missing.jsonl", "cannot be read"),
+        ("data=missing.jsonl", "there is no such file"),
         ("adapters.targets=[q_prj]", "Did you mean 'q_proj'"),
         ("data.max_prompt=4", "longer than data.max_length or data.max_prompt"),
     ],
