@@ -97,10 +97,8 @@ class TransformersGenerate:
         )
         rollout = lay_out(prompts, [[] for _ in prompts], ends, self.roles.lm.device)
         device = rollout.ids.device
-        before, model.generation_config = (
-            model.generation_config,
-            plain,
-        )  # whose settings would fill gaps of ours
+        before = model.generation_config
+        model.generation_config = plain  # the model's own would fill the gaps of ours
         try:
             cards = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices=cards), self.roles.acting("policy"):
