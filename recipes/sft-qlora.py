@@ -11,14 +11,17 @@ In the end, on prompts that were held out: the log-probability of the answers be
 quantized model keeps of the gain (results.json, report.html), answers to compare (samples.md), and the adapter.
 """
 
+from functools import partial
+
 from datasets import Dataset
 from pydantic import Field
 from trl import SFTConfig, SFTTrainer
 
 from rlquant.config import Section
+from rlquant.errors import InputError
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
-from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
+from rlquant.llm.backbone import BaseSettings, float_weights, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, divergence_from_base, shown_texts, text_scorer, write_samples
 from rlquant.llm.merge import MergeSettings
@@ -42,6 +45,10 @@ class Config(Section):
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
+    if config.adapters.init == "loftq" and config.merge is not None and config.merge.onto == "original":
+        raise InputError(
+            "an adapter of adapters.init=loftq belongs to the quantized base: set merge.onto=dequantized"
+        )
     require_memory("sft", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank)
     base = load_backbone(config.model)
     data = read_examples(config.data, "texts", token_counter(base.lm))
@@ -51,7 +58,12 @@ def main(config: Config, run: RunFolder) -> None:
         packing=config.packing,
     )
     trainer = adapted(
-        SFTTrainer, base.lm, config.adapters, args=arguments, train_dataset=Dataset.from_list(data.train)
+        SFTTrainer,
+        base.lm,
+        config.adapters,
+        weights=partial(float_weights, config.model),
+        args=arguments,
+        train_dataset=Dataset.from_list(data.train),
     )
     learned = fit(trainer, run, config.train, base.lm.model)
     outcome = compare_models(

@@ -72,7 +72,7 @@ def with_layer(kind: type[Section], below: Mapping[str, Any], above: Mapping[str
     merged = dict(below)
     for key, value in above.items():
         section = _section(kind, key)
-        if section is None:
+        if section is None or (value is None and _may_be_none(kind, key)):
             merged[key] = value
             continue
         old = merged.get(key)
@@ -115,6 +115,10 @@ def _section(kind: type[Section], key: str) -> type[Section] | None:
     field = kind.model_fields.get(key)
     options = () if field is None else (field.annotation, *get_args(field.annotation))
     return next((each for each in options if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def _may_be_none(kind: type[Section], key: str) -> bool:
+    return type(None) in get_args(kind.model_fields[key].annotation)
 
 
 def _spelled_out(section: type[Section], value: Any) -> Any:

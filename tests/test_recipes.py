@@ -44,6 +44,7 @@ class Config(Section):
     model: str = "tiny"
     data: Data
     train: Train = Train()
+    more: Train | None = Train(steps=3)
 
 
 def main(config, run):
@@ -75,6 +76,20 @@ def test_settings_defaults_file_and_overrides(rlquant: Run, recipe: Path, tmp_pa
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["config"]["train"]["lr"] == 5e-6
     assert settings["versions"]["rlquant"]
+
+
+def test_a_section_that_may_be_left_out(rlquant: Run, recipe: Path, tmp_path: Path) -> None:
+    recipe.with_suffix(".yml").write_text("recipe: toy\ndata: a.jsonl\ntrain:\nmore: {lr: 0.5}\n")
+    for number, (overrides, expected) in enumerate(
+        [
+            ((), {"lr": 0.5, "steps": 10}),
+            (("more=null",), None),
+            (("more=null", "more.steps=4"), {"lr": 1e-5, "steps": 4}),
+        ]
+    ):
+        assert rlquant("run", recipe, *overrides, "--out", tmp_path / str(number)).status == 0
+        assert seen(tmp_path / str(number))["more"] == expected
+        assert seen(tmp_path / str(number))["train"] == {"lr": 1e-5, "steps": 10}
 
 
 def test_other_settings(rlquant: Run, recipe: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from rlquant.config import Section
 from rlquant.errors import InputError
@@ -18,7 +19,14 @@ from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.quant import weight_bytes
 
-__all__ = ["Backbone", "BaseSettings", "load_backbone", "prepare_tokenizer_", "token_counter"]
+__all__ = [
+    "Backbone",
+    "BaseSettings",
+    "float_weights",
+    "load_backbone",
+    "prepare_tokenizer_",
+    "token_counter",
+]
 
 _PADS = ("<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|unk|>", "<unk>", "<|im_start|>")
 
@@ -109,6 +117,12 @@ def load_backbone(settings: BaseSettings) -> Backbone:
     lm.model.requires_grad_(False)
     prepare_tokenizer_(lm)
     return Backbone(lm, size)
+
+
+def float_weights(settings: BaseSettings) -> dict[str, Tensor]:
+    """The float weights that the base was quantized from, by name, on the CPU."""
+    weights: dict[str, Tensor] = load(settings.source, dtype="fp32", trust=settings.trust).model.state_dict()
+    return weights
 
 
 def prepare_tokenizer_(lm: LanguageModel) -> None:

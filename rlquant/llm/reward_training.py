@@ -31,8 +31,10 @@ def reward_trainer(trainer: type[Any], lm: LanguageModel, settings: AdapterSetti
     """TRL's ``RewardTrainer`` on ``lm``'s own decoder, with a new adapter and a head in float32.
 
     Raises:
-        InputError: transformers has no classifier of this architecture.
+        InputError: transformers has no classifier of this architecture, or a LoftQ start is asked for.
     """
+    if settings.init == "loftq":
+        raise InputError("adapters.init = 'loftq' is not built for reward models: take zero")
     model = _classifier(lm, settings.seed)
     config = lora_config(lm.model, settings)
     config.task_type, config.modules_to_save = "SEQ_CLS", [_SCORE]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import TrainerCallback
 
 from rlquant.config import Section
@@ -26,6 +28,7 @@ from rlquant.llm.backbone import BaseSettings
 from rlquant.llm.cards import Card
 from rlquant.llm.fitting import require_fit
 from rlquant.llm.learning_rate import check_learning_rate
+from rlquant.llm.loftq import init_loftq_
 from rlquant.llm.memory import Workload, plan_memory
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.ppo import PPO
@@ -126,17 +129,41 @@ def require_memory(
     require_fit(plan_memory(model, precision, work, card), card, ("train.batch=", "data.max_length="))
 
 
-def adapted(trainer: type[Any], lm: LanguageModel, settings: AdapterSettings, **arguments: Any) -> Any:
+def adapted(
+    trainer: type[Any],
+    lm: LanguageModel,
+    settings: AdapterSettings,
+    *,
+    weights: Callable[[], Mapping[str, Tensor]] | None = None,
+    **arguments: Any,
+) -> Any:
     """A trainer of TRL whose model is ``lm`` with a new adapter.
 
     The trainer puts the adapter on itself: given one, TRL would keep a second as the reference, which the base with
     adapters off is already. It does not see a quantized model, whose adapters it would round to bfloat16.
+
+    Args:
+        trainer: the class.
+        lm: the base.
+        settings: of the adapter.
+        weights: gives the float weights that a LoftQ start needs; None where the base alone is the reference, which
+            such a start would not be.
+        arguments: of the trainer.
+
+    Raises:
+        InputError: a LoftQ start where there are no float weights.
     """
+    if settings.init == "loftq" and weights is None:
+        raise InputError(
+            "adapters.init = 'loftq' starts elsewhere than the base, which is the reference of this recipe: take zero"
+        )
     config = lora_config(lm.model, settings)
     with torch.random.fork_rng(devices=[]), named_as_peft_does(lm.model):
         made = trainer(model=lm.model, peft_config=config, processing_class=lm.tokenizer, **arguments)
     for parameter in adapter_parameters(made.model, ADAPTER).values():
         assert parameter.dtype == torch.float32
+    if settings.init == "loftq" and weights is not None:
+        init_loftq_(made.model, ADAPTER, weights())
     return made
 
 

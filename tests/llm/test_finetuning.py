@@ -136,6 +136,37 @@ def test_a_reward_model_learns_and_is_read_as_a_role(
 
 
 @pytest.mark.slow
+def test_a_start_that_makes_up_for_quantization(
+    rlquant: Run, folder: Path, texts: Path, pairs: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for init in ("zero", "loftq"):
+        settings = (
+            f"model={folder}",
+            "model.precision=int3-g32",
+            f"data={texts}",
+            "train.steps=1",
+            "merge=null",
+        )
+        adapters = (f"adapters.init={init}", "adapters.rank=8")
+        done = rlquant(
+            "run", "sft-qlora", *settings, *SMALL[:2], *SMALL[3:6], *adapters, "--out", tmp_path / init
+        )
+        assert done.status == 0, done.err
+        losses[init] = results(tmp_path / init)["training"]["losses"][0][1]
+    assert losses["loftq"] != losses["zero"]
+    for recipe, data in (("dpo-qlora", pairs), ("reward-qlora", pairs)):
+        done = rlquant(
+            "run", recipe, f"model={folder}", f"data={data}", "adapters.init=loftq", "--out", tmp_path / "no"
+        )
+        assert done.status == 2
+        assert "take zero" in done.err
+    done = rlquant("run", "sft-qlora", f"model={folder}", f"data={texts}", "adapters.init=loftq")
+    assert done.status == 2
+    assert "set merge.onto=dequantized" in done.err
+
+
+@pytest.mark.slow
 def test_merging_a_finished_run(rlquant: Run, folder: Path, texts: Path, tmp_path: Path) -> None:
     settings = (f"model={folder}", f"data={texts}", "train.steps=12", "train.lr=5e-3", "merge=null")
     assert rlquant("run", "sft-qlora", *settings, *SMALL[:6], "--out", tmp_path / "sft").status == 0
