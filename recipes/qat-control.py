@@ -1,11 +1,12 @@
 """Quantization-aware training of a control policy in stock Stable-Baselines3.
 
     rlquant run qat-control env=CartPole-v1 scheme=w4a8 algorithm=ppo timesteps=50000
-    rlquant run qat-control agent=ppo-cartpole scheme=w2a4 timesteps=20000
+    rlquant run qat-control agent=ppo-cartpole scheme=w2a4 timesteps=4096 n_envs=8 sb3.n_steps=64
     rlquant run qat-control-sac
 
 From scratch, or fine-tuning a trained agent (a shipped one, an SB3 zip with env=..., an rl-zoo folder). The policy
-trains in float for a while, then quantized: in rollouts and in the loss (LSQ; see rlquant/control/qat_sb3.py).
+trains in float for a while, then quantized: in rollouts and in the loss (LSQ; see rlquant/control/qat_sb3.py). A critic
+that the agent's file lacks, as the shipped ones do, is learned anew; optimizers always begin anew.
 
 In the end the policy, as it is deployed, plays the same episodes as a float reference - the given agent, or from
 scratch a twin that is trained alike in float - and as the reference rounded after training. Their seeds are never

@@ -132,7 +132,9 @@ class QuantizationCallback(BaseCallback):
             return
         model: Any = self.model
         _swap(model.policy, _layout(model), self.scheme, seen, self.observer)
-        model.policy_class = QuantizedPolicy(model.policy_class, type(model).__name__, self.scheme.name)
+        model.policy_class = QuantizedPolicy(
+            model.policy_class, type(model).__name__, self.scheme.name, self.observer
+        )
         self.swapped_at = self._checked_at = self.num_timesteps
         self._say("quantized")
 
@@ -170,18 +172,22 @@ class QuantizationCallback(BaseCallback):
 class QuantizedPolicy:
     """Stands for the policy class in a saved model: builds SB3's policy and swaps the quantized layers in.
 
-    The values of parameters, scales and ranges then come from the checkpoint, as for any policy.
+    The values of parameters, scales and ranges then come from the checkpoint, as for any policy. The observer stays the
+    one that chose the first ranges: where the observation map is chosen anew, it chooses the weights' grid again.
     """
 
-    def __init__(self, policy_class: Any, algorithm: str, scheme: str) -> None:
+    observer = "mse"  # of models that were saved without one
+
+    def __init__(self, policy_class: Any, algorithm: str, scheme: str, observer: str) -> None:
         self.policy_class, self.algorithm, self.scheme = policy_class, algorithm, scheme
+        self.observer = observer
         self.frozen = False
         self.__name__ = policy_class.__name__  # which SB3 reads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A policy, as SB3 calls its class."""
         policy = self.policy_class(*args, **kwargs)
-        _swap(policy, LAYOUTS[self.algorithm], MixedScheme.parse(self.scheme), None, "minmax")
+        _swap(policy, LAYOUTS[self.algorithm], MixedScheme.parse(self.scheme), None, self.observer)
         if self.frozen:
             QATController(policy).freeze()
         return policy

@@ -144,7 +144,6 @@ def new_model(
     kind, arguments = sb3_class(start.algorithm), settings.arguments(start.algorithm)
     if "buffer_size" in inspect.signature(kind).parameters:
         arguments.setdefault("buffer_size", min(max(timesteps, 1000), 1_000_000))
-    venv = _vec_env(start, n_envs, normalise, float(arguments.get("gamma", 0.99)))
     if start.checkpoint is not None:
         if start.checkpoint.data.get("use_sde"):
             arguments.setdefault("use_sde", True)
@@ -152,10 +151,13 @@ def new_model(
     else:
         kwargs = {} if net_arch is None else {"net_arch": net_arch}
     try:
+        venv = _vec_env(start, n_envs, normalise, float(arguments.get("gamma", 0.99)))
         model = kind(
             _policy(venv.observation_space), venv, policy_kwargs=kwargs, seed=seed, device=device, **arguments
         )
-    except (TypeError, ValueError, AssertionError) as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:  # how SB3 says so
         raise InputError(
             f"{start.algorithm} cannot train so in {start.env.id}: {' '.join(str(error).split())}"
         ) from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C, after a checkpoint. What goes on from it cuts episodes at other steps than an
             undisturbed training; after a kill, nothing differs.
     """
-    model = make()
-    model, swapped_at = _restored(model, checkpoints)
+    model, swapped_at = _restored(make(), checkpoints)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums depends on it, and small networks gain nothing from more
     ctrl_c = CtrlC()
@@ -224,7 +224,10 @@ def _restored(model: Any, folder: Path) -> tuple[Any, int | None]:
         return model, None
     newest = saved[-1]
     _restore_statistics(model.get_vec_normalize_env(), newest / "normalise.pkl")
-    restored = type(model).load(newest / "model.zip", env=model.get_env(), device=model.device)
+    with warnings.catch_warnings():
+        # SB3 takes the buffer class that it chose itself for one of ours; the buffer is restored below.
+        warnings.filterwarnings("ignore", message="`n_steps=")
+        restored = type(model).load(newest / "model.zip", env=model.get_env(), device=model.device)
     if (newest / "replay.pkl").exists():
         restored.load_replay_buffer(newest / "replay.pkl")
     return restored, json.loads((newest / "state.json").read_text())["swapped_at"]
