@@ -14,9 +14,10 @@ those of training or calibration. The run's folder holds quantized/ (the artifac
 reference/ (the twin), results.json and report.html.
 
 A killed run goes on from its last checkpoint and, on as many threads, ends with the same policy to the bit: SB3's
-model, replay buffer and normaliser are saved, and what SB3 cannot save (the environments' state, random generators) begins anew at every
-checkpoint of every run. A rollout cut short is played again. Ctrl-C saves, too, but between two such checkpoints: a run
-that goes on from there ends well, but not at the same bits. Finished trainings and episodes are not repeated.
+model, replay buffer and normaliser are saved, and what SB3 cannot save (the environments' state, random generators)
+begins anew at every checkpoint of every run. A rollout cut short is played again. Ctrl-C saves, too, but between two
+such checkpoints: a run that goes on from there ends well, but not at the same bits. Finished trainings and episodes
+are not repeated.
 """
 
 import shutil
