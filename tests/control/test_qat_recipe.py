@@ -25,6 +25,7 @@ from rlquant import catalog
 from rlquant.control import load, load_artifact
 from rlquant.control.sb3_start import AgentSettings, SB3Settings, find_start, new_model
 from rlquant.control.sb3_training import Training, fit
+from rlquant.errors import InputError
 from rlquant.quant import MixedScheme
 
 Run = Callable[..., Any]
@@ -310,3 +311,16 @@ def test_an_agent_that_changed_under_its_name_is_noticed(rlquant: Run, tmp_path:
         done = rlquant("run", "qat-control", *options, "--out", tmp_path / "run")
     assert done.status == 2
     assert "the agent has changed" in done.err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    start = find_start("ppo", "CartPole-v1", None)
+    with pytest.raises(
+        InputError, match=r"a checkpoint cannot be written: Not a directory; .* repeat the command"
+    ):
+        fit(
+            lambda: new_model(start, SB3Settings(n_steps=64, n_epochs=1), timesteps=600),
+            Training("t", 600, 1000),
+            tmp_path / "file" / "t",
+        )
