@@ -13,11 +13,10 @@ scratch a twin that is trained alike in float - and as the reference rounded aft
 those of training or calibration. The run's folder holds quantized/ (the artifact), model.zip (SB3's, to go on with),
 reference/ (the twin), results.json and report.html.
 
-A killed run goes on from its last checkpoint and, on as many threads, ends with the same policy to the bit: SB3's
-model, replay buffer and normaliser are saved, and what SB3 cannot save (the environments' state, random generators)
-begins anew at every checkpoint of every run. A rollout cut short is played again. Ctrl-C saves, too, but between two
-such checkpoints: a run that goes on from there ends well, but not at the same bits. Finished trainings and episodes
-are not repeated.
+A killed run goes on from its last checkpoint and ends with the same policy, to the bit: SB3's model, replay buffer and
+normaliser are saved, and what SB3 cannot save (the environments' state, random generators) begins anew at every
+checkpoint of every run. A rollout cut short is played again. Ctrl-C saves, too, but between two such checkpoints: a run
+that goes on from there ends well, but not at the same bits. Finished trainings and episodes are not repeated.
 """
 
 import shutil
@@ -27,7 +26,7 @@ from functools import partial
 
 from pydantic import Field
 
-from rlquant.commands import device_named, progress_bar, publish
+from rlquant.commands import progress_bar, publish
 from rlquant.config import Section
 from rlquant.control import Agent, Evaluation, Settings, from_sb3, load_artifact, save_artifact
 from rlquant.control.evaluate import subject
@@ -35,6 +34,7 @@ from rlquant.control.qat_sb3 import quantized_agent
 from rlquant.control.sb3_start import AgentSettings, SB3Settings, Start, find_start, new_model
 from rlquant.control.sb3_training import Training, check_training, fit
 from rlquant.control.settings import settings_json
+from rlquant.devices import device_named
 from rlquant.errors import InputError
 from rlquant.measure import results_document
 from rlquant.quant import MixedScheme

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlquant.errors import InputError, unknown_name
+from rlquant.devices import device_named
+from rlquant.errors import InputError
 from rlquant.runs import RunFolder, machine_info, package_versions
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EvaluateOptions",
     "default_folder",
-    "device_named",
     "folder_name",
     "progress_bar",
     "publish",
@@ -277,21 +277,6 @@ def default_folder(agent: Agent, *what: str) -> Path:
 def folder_name(source: str) -> str:
     """A name for the run folder of a language model."""
     return re.sub(r"[^\w.-]+", "-", Path(source).name or source).lower()
-
-
-def device_named(name: str) -> str:
-    """A device that torch has. Raises InputError for any other."""
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise unknown_name("device", name, ("cpu", "cuda", "cuda:0"))
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise InputError(
-                f"the device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
-            )
-    return name
 
 
 class progress_bar:

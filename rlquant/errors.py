@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "missing_package", "nearest", "unknown_name"]
+__all__ = ["InputError", "missing_package", "nearest", "unknown_name", "unwritten_checkpoint"]
 
 
 class InputError(ValueError):
@@ -35,3 +35,11 @@ def unknown_name(kind: str, value: str, choices: Iterable[str]) -> InputError:
 def missing_package(package: str, extra: str, needed_for: str) -> InputError:
     """An error for an optional package that is not installed; gives the exact pip command."""
     return InputError(f'{needed_for} needs the package {package}: pip install "rlquant[{extra}]"')
+
+
+def unwritten_checkpoint(error: OSError) -> InputError:
+    """An error for a checkpoint that could not be written; the one before it is whole."""
+    return InputError(
+        f"a checkpoint cannot be written: {error.strerror or error}; free some space, then repeat the command: it goes "
+        "on after the last whole checkpoint"
+    )

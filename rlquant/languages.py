@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlquant.commands import device_named, folder_name, progress_bar, publish
+from rlquant.commands import folder_name, progress_bar, publish
+from rlquant.devices import device_named
 from rlquant.errors import InputError
 from rlquant.runs import RunFolder, machine_info, package_versions
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlquant.commands import default_folder, device_named, folder_name, publish
+from rlquant.commands import default_folder, folder_name, publish
+from rlquant.devices import device_named
 from rlquant.errors import InputError
 from rlquant.runs import RunFolder, machine_info, package_versions
 from rlquant.units import parse_bytes, parse_seconds

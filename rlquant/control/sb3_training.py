@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from rlquant.control.qat_sb3 import QuantizationCallback
-from rlquant.errors import InputError
+from rlquant.errors import InputError, unwritten_checkpoint
 from rlquant.interrupts import CtrlC
+from rlquant.measure import single_thread
 from rlquant.quant import MixedScheme
 
 __all__ = ["TRAINING_SEED", "Training", "check_training", "fit"]
@@ -109,22 +109,17 @@ def fit(
         KeyboardInterrupt: Ctrl-C, after a checkpoint. What goes on from it cuts episodes at other steps than an
             undisturbed training; after a kill, nothing differs.
     """
-    model, swapped_at = _restored(make(), checkpoints)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums depends on it, and small networks gain nothing from more
     ctrl_c = CtrlC()
-    try:
-        with ctrl_c.listening():
-            while model.num_timesteps < training.timesteps and not ctrl_c.asked:
-                swapped_at = _segment(model, training, swapped_at, ctrl_c, progress)
-                _save(model, checkpoints, swapped_at)
-    except OSError as error:
-        raise InputError(
-            f"a checkpoint cannot be written: {error.strerror or error}; free some space, then repeat the command: it "
-            "goes on after the last whole checkpoint"
-        ) from None
-    finally:
-        torch.set_num_threads(threads)
+    # The first weights and the order of sums depend on the threads, and small networks gain nothing from more.
+    with single_thread():
+        model, swapped_at = _restored(make(), checkpoints)
+        try:
+            with ctrl_c.listening():
+                while model.num_timesteps < training.timesteps and not ctrl_c.asked:
+                    swapped_at = _segment(model, training, swapped_at, ctrl_c, progress)
+                    _save(model, checkpoints, swapped_at)
+        except OSError as error:
+            raise unwritten_checkpoint(error) from None
     if ctrl_c.asked:
         raise KeyboardInterrupt
     return model

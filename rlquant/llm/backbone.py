@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlquant.config import Section
+from rlquant.devices import device_named
 from rlquant.errors import InputError
 from rlquant.llm.bitsandbytes import to_bitsandbytes_
 from rlquant.llm.load import DTYPES, load
@@ -48,20 +49,9 @@ class BaseSettings(Section):
     @property
     def on(self) -> torch.device:
         """Where everything computes. Raises InputError where there is no such device."""
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise InputError(
-                f"model.device = {name!r} is no device: take auto, cpu, cuda or cuda:0"
-            ) from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"model.device = {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: take cpu"
-            )
-        return device
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(device_named(self.device, also=("auto",)))
 
     @property
     def computes_in(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rlquant.config import Section
-from rlquant.errors import InputError
+from rlquant.errors import InputError, unwritten_checkpoint
 from rlquant.interrupts import CtrlC
 from rlquant.llm.adapter_layer import named_as_peft_does
 from rlquant.llm.adapters import (
@@ -194,10 +194,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     except torch.OutOfMemoryError:
         raise InputError(_out_of_memory(settings, run.checkpoints)) from None
     except OSError as error:
-        raise InputError(
-            f"a checkpoint cannot be written: {error.strerror or error}; free some space, then repeat the "
-            "command: it goes on after the last whole checkpoint"
-        ) from None
+        raise unwritten_checkpoint(error) from None
     if stop.asked:
         raise KeyboardInterrupt
     if base_hash(base) != before:

@@ -34,8 +34,6 @@ TINY = (
     *("sb3.n_steps=128", "sb3.n_epochs=1", "n_envs=2", "timesteps=1500", "save_every=1000"),
     *("evaluate.episodes=4", "evaluate.calibration_episodes=2"),
 )
-# As the tests' own process: sums over two threads have other last bits.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 PPO = ("qat-control", "env=CartPole-v1", "algorithm=ppo", *TINY)
 OFF_POLICY = (
     *(
@@ -74,7 +72,7 @@ def module_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny PPO run, once."""
     folder = tmp_path_factory.mktemp("qat") / "run"
     command = [sys.executable, "-m", "rlquant", "run", *PPO, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""  # no terminal, no progress
     return folder
 
@@ -154,7 +152,6 @@ def test_a_killed_run_ends_with_the_same_bits(command: tuple[str, ...], rlquant:
     process = subprocess.Popen(
         [sys.executable, "-m", "rlquant", "run", *command, "--out", str(killed)],
         stdout=subprocess.DEVNULL,
-        env=ONE_THREAD,
     )
     while process.poll() is None and not list(killed.glob("checkpoints/*/quantized/step-*/state.json")):
         time.sleep(0.005)

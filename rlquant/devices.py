@@ -1,0 +1,24 @@
+"""Which devices there are."""
+
+from __future__ import annotations
+
+import re
+
+from rlquant.errors import InputError, unknown_name
+
+__all__ = ["device_named"]
+
+
+def device_named(name: str, *, also: tuple[str, ...] = ()) -> str:
+    """A device that torch has; ``also`` are other names to list. Raises InputError for any other."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise unknown_name("device", name, (*also, "cpu", "cuda", "cuda:0"))
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise InputError(
+                f"the device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices"
+            )
+    return name
