@@ -23,10 +23,9 @@ from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
-from rlquant.llm.reward_training import prompt_text
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward
+from rlquant.llm.rollout import Reward, with_prompt_text
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
@@ -58,10 +57,7 @@ def main(config: Config, run: RunFolder) -> None:
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))
-    train, held_out = (
-        [{**row, "prompt": prompt_text(lm, row["prompt"])} for row in rows]
-        for rows in (data.train, data.held_out)
-    )
+    train, held_out = (with_prompt_text(lm, rows) for rows in (data.train, data.held_out))
     arguments = GRPOConfig(
         **trainer_arguments(config.train, config.model, run),
         num_generations=config.answers,
@@ -71,9 +67,8 @@ def main(config: Config, run: RunFolder) -> None:
         top_k=0,
         beta=config.beta,
     )
-    loaded: list[
-        Reward
-    ] = []  # once the trainer has put its adapter on, since a reward model joins the same base
+    # Loaded once the trainer has put its adapter on, since a reward model joins the same base.
+    loaded: list[Reward] = []
 
     def reward(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> Sequence[float]:
         return loaded[0](prompts, completions, rows)

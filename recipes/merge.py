@@ -24,9 +24,9 @@ from rlquant.llm.backbone import Backbone, load_backbone, token_counter
 from rlquant.llm.examples import Examples, read_examples
 from rlquant.llm.finish import Scorer, compare_models, pair_scorer, reward_scorer, shown_texts, text_scorer
 from rlquant.llm.merge import MergeSettings
-from rlquant.llm.reward_training import prompt_text
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
+from rlquant.llm.rollout import with_prompt_text
 from rlquant.llm.training import ADAPTER
 from rlquant.runs import RunFolder
 
@@ -96,7 +96,7 @@ def _scorer(recipe: str, of_run: Any, base: Backbone, model: Any, data: Examples
         return pair_scorer(data.held_out, longest)
     if KINDS[recipe] == "texts":
         return text_scorer(data.held_out, longest)
-    rows = [{**row, "prompt": prompt_text(lm, row["prompt"])} for row in data.held_out]
+    rows = with_prompt_text(lm, data.held_out)
     reward = load_reward(of_run.reward, lambda: Roles(lm.but(model=model)))
     new_tokens = of_run.ppo.max_new_tokens if recipe == "ppo-qlora" else of_run.new_tokens
     return reward_scorer(rows, reward, new_tokens=new_tokens, samples=of_run.samples)

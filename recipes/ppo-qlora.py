@@ -22,9 +22,9 @@ from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, shown_texts, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.ppo import PPO, PPOSettings
-from rlquant.llm.reward_training import prompt_text
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
+from rlquant.llm.rollout import with_prompt_text
 from rlquant.llm.training import run_ppo
 from rlquant.runs import RunFolder
 
@@ -53,10 +53,7 @@ def main(config: Config, run: RunFolder) -> None:
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))
-    train, held_out = (
-        [{**row, "prompt": prompt_text(lm, row["prompt"])} for row in rows]
-        for rows in (data.train, data.held_out)
-    )
+    train, held_out = (with_prompt_text(lm, rows) for rows in (data.train, data.held_out))
     roles = Roles(lm, checkpointing=config.checkpointing)
     for role in ("policy", "critic"):
         roles.add(role, config.adapters)

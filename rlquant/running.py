@@ -78,7 +78,7 @@ def find_recipe(name: str, settings: str | None = None) -> Recipe:
     elif name in catalog.recipes():
         script = catalog.recipe_file(name)
     else:
-        raise unknown_name("recipe", name, [*catalog.recipes(), *configs])
+        raise unknown_name("recipe", name, dict.fromkeys([*catalog.recipes(), *configs]))
     if settings is None:
         beside = script.with_suffix(".yml")
         return Recipe(script.stem, script, beside if beside.exists() else None)

@@ -18,7 +18,18 @@ from typing import Any
 
 from rlquant.errors import InputError, missing_package
 
-__all__ = ["Messages", "Pair", "as_pair", "as_text", "read_pairs", "read_rows", "read_text", "read_texts"]
+__all__ = [
+    "Messages",
+    "Pair",
+    "as_messages",
+    "as_pair",
+    "as_text",
+    "prompt_text",
+    "read_pairs",
+    "read_rows",
+    "read_text",
+    "read_texts",
+]
 
 Messages = list[dict[str, str]]
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -98,6 +109,16 @@ def as_text(shown: str | Messages, tokenizer: Any) -> str:
     return text
 
 
+def prompt_text(prompt: str | Messages, tokenizer: Any) -> str:
+    """A prompt as a model reads it: text as it is, a chat by the tokenizer's template, with the answer to come."""
+    if isinstance(prompt, str):
+        return prompt
+    if getattr(tokenizer, "chat_template", None) is None:
+        return as_text(prompt, tokenizer) + "assistant: "
+    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def as_pair(row: dict[str, Any], where: str) -> Pair:
     """A row as a preference pair. Raises InputError that begins with ``where``."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
@@ -133,7 +154,7 @@ def _shown(row: dict[str, Any], where: str) -> str | Messages:
         if isinstance(pair.prompt, str) and isinstance(pair.chosen, str):
             return pair.prompt + pair.chosen
         prompt, chosen = (
-            _messages(part, role) for part, role in ((pair.prompt, "user"), (pair.chosen, "assistant"))
+            as_messages(part, role) for part, role in ((pair.prompt, "user"), (pair.chosen, "assistant"))
         )
         return prompt + chosen
     if "messages" in row:
@@ -143,7 +164,8 @@ def _shown(row: dict[str, Any], where: str) -> str | Messages:
     raise InputError(f"{where} has the keys {', '.join(sorted(row))}; it needs {_KINDS}")
 
 
-def _messages(part: str | Messages, role: str) -> Messages:
+def as_messages(part: str | Messages, role: str) -> Messages:
+    """A text as the turn of a role; turns stay as they are."""
     return [{"role": role, "content": part}] if isinstance(part, str) else part
 
 

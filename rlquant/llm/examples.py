@@ -18,9 +18,10 @@ from pydantic import Field
 
 from rlquant.config import Section
 from rlquant.errors import InputError, missing_package
-from rlquant.llm.data import Messages, Pair, as_pair, read_rows
+from rlquant.llm.data import Pair, as_messages, as_pair, read_rows
+from rlquant.sources import is_hub_id
 
-__all__ = ["DataSettings", "Examples", "Kind", "as_chat", "read_examples", "require_data"]
+__all__ = ["DataSettings", "Examples", "Kind", "read_examples", "require_data"]
 
 Kind = Literal["pairs", "texts", "prompts"]
 _NEEDED = {
@@ -103,13 +104,6 @@ def require_data(settings: DataSettings) -> None:
         )
 
 
-def as_chat(prompt: str | Messages, answer: str | Messages | None = None) -> tuple[Messages, Messages]:
-    """A prompt and an answer as turns of a conversation; those that are turns already stay as they are."""
-    first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    last = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
-    return first, last
-
-
 class _Bad:
     """Rows that are left out: counted, and the first of them shown."""
 
@@ -150,7 +144,7 @@ def _rows(settings: DataSettings) -> list[dict[str, Any]]:
 
 
 def _is_file(path: Path, settings: DataSettings) -> bool:
-    return path.exists() or bool(path.suffix) or settings.path.count("/") != 1
+    return path.exists() or bool(path.suffix) or not is_hub_id(settings.path)
 
 
 def _from_hub(settings: DataSettings) -> list[dict[str, Any]]:
@@ -198,7 +192,7 @@ def _understood(row: dict[str, Any], kind: Kind, settings: DataSettings) -> tupl
         prompt = row.get("prompt")
         if not prompt or not isinstance(prompt, str | list):
             return "has no prompt", {}
-        return "", {**row, "prompt": as_chat(prompt)[0] if settings.chat else prompt}
+        return "", {**row, "prompt": as_messages(prompt, "user") if settings.chat else prompt}
     return _imitated(row, settings)
 
 
@@ -215,8 +209,8 @@ def _pair(row: dict[str, Any], settings: DataSettings) -> tuple[str, dict[str, A
     if not prompt:
         return "has no prompt", {}
     if settings.chat:
-        prompt, chosen = as_chat(pair.prompt, pair.chosen)
-        rejected = as_chat(pair.prompt, pair.rejected)[1]
+        prompt = as_messages(prompt, "user")
+        chosen, rejected = (as_messages(answer, "assistant") for answer in (chosen, rejected))
     return "", {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -234,7 +228,7 @@ def _imitated(row: dict[str, Any], settings: DataSettings) -> tuple[str, dict[st
             return "has an empty prompt or completion", {}
         prompt, completion = row["prompt"], row["completion"]
         if settings.chat:
-            prompt, completion = as_chat(prompt, completion)
+            prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
         return "", {"prompt": prompt, "completion": completion}
     if not row.get("text") or not isinstance(row["text"], str):
         return "has no text", {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from rlquant.llm.preferences import (
     pair_log_probabilities,
 )
 from rlquant.llm.rollout import Reward, sample, scores_of
+from rlquant.llm.text import total_divergence
 from rlquant.llm.training import ADAPTER
 from rlquant.measure import plain
 from rlquant.quant import weight_bytes
@@ -92,13 +93,11 @@ def compare_models(
         kept = run.piece(f"scores-{name}")
         if kept is None:
             candidate = make()
-            if name.startswith("merged"):
-                keep(name, candidate)
             scores, notes = scorer(candidate)
             kept = {
                 "scores": scores.tolist(),
                 "notes": plain(notes),
-                "weights": weight_bytes(candidate.model),
+                "weights": weight_bytes(candidate.model) if weights is None else weights,
             }
             run.save_piece(f"scores-{name}", kept)
         return Contender(precision, method, np.array(kept["scores"]), kept["weights"], kept["notes"])
@@ -108,21 +107,22 @@ def compare_models(
     after = scored("tuned", f"{base.precision}+lora", task, lambda: tuned, backbone.weights + learned)
     done = []
     if merge is not None:
-        whole: list[LanguageModel] = []
+        whole = cache(partial(merged, base, run.path / "adapter", merge.onto))
+        windows = cache(partial(_windows, lm, calibration, merge))
 
-        def make(precision: str, method: str) -> LanguageModel:
-            if not whole:
-                whole.append(merged(base, run.path / "adapter", merge.onto))
+        def make(name: str, precision: str, method: str) -> LanguageModel:
+            own = whole().but(model=copy.deepcopy(whole().model))
             if precision in DTYPES:
-                return whole[0].but(model=copy.deepcopy(whole[0].model).to(base.on, DTYPES[precision]))
-            own = whole[0].but(model=copy.deepcopy(whole[0].model))
-            windows = _windows(lm, calibration, merge)
-            return deployed(own, precision, method, windows, base.on)
+                own.model.to(base.on, DTYPES[precision])
+            else:
+                own = deployed(own, precision, method, windows, base.on)
+            keep(name, own)
+            return own
 
         for precision in merge.precisions:
             for method in ("none",) if precision in DTYPES else merge.methods:
                 name = f"merged-{precision}-{method}"
-                done.append(scored(name, precision, method, partial(make, precision, method)))
+                done.append(scored(name, precision, method, partial(make, name, precision, method)))
     return Outcome(task, score, sample, before, after, done)
 
 
@@ -199,7 +199,7 @@ def divergence_from_base(lm: LanguageModel, model: Any, rows: Sequence[Row], lon
         tuned = answer_distributions(both, prompt, answer, longest)
         with active_adapter(model, None):
             base = answer_distributions(both, prompt, answer, longest)
-        total += float((tuned.exp() * (tuned - base)).sum().double())
+        total += total_divergence(tuned, base)
         count += len(answer)
     return total / max(count, 1)
 

@@ -7,6 +7,7 @@ calibration on what the run learned from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +73,20 @@ def dequantize_(model: nn.Module) -> None:
 
 
 def deployed(
-    lm: LanguageModel, precision: str, method: str, calibration: Tensor | None, device: torch.device
+    lm: LanguageModel,
+    precision: str,
+    method: str,
+    calibration: Callable[[], Tensor],
+    device: torch.device,
 ) -> LanguageModel:
-    """A merged model quantized for deployment, in place, on ``device``.
+    """A merged model quantized for deployment, in place, on ``device``; ``calibration`` is asked where it is needed.
 
     Raises:
         InputError: as :func:`~rlquant.llm.quantize.quantize_model_`.
     """
     plan = Plan.parse(precision, method)
     made = quantize_model_(
-        lm, plan, calibration=calibration if plan.needs_calibration else None, device=device
+        lm, plan, calibration=calibration() if plan.needs_calibration else None, device=device
     )
     made.model.to(device)
     return made

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from rlquant.llm.evaluate import subject
 from rlquant.llm.model import LanguageModel
-from rlquant.measure import Measurement, Retention, Score, Size, compare, mean_interval, results_document
+from rlquant.measure import (
+    Measurement,
+    Retention,
+    Score,
+    Size,
+    compare,
+    mean_interval,
+    plain,
+    results_document,
+)
 from rlquant.runs import machine_info, package_versions
 
 __all__ = ["Contender", "Outcome"]
@@ -107,10 +116,4 @@ class Outcome:
             reference={"precision": self.tuned.precision, "random_score": floor},
             rows=rows,
         )
-        return {**document, "gain": _plain(self.gain(seed=seed))}
-
-
-def _plain(value: Any) -> Any:
-    from rlquant.measure import plain
-
-    return plain(value)
+        return {**document, "gain": plain(self.gain(seed=seed))}

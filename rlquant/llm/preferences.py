@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlquant.errors import InputError
-from rlquant.llm.data import Messages, Pair, as_text
+from rlquant.llm.data import Messages, Pair, as_messages, as_text, prompt_text
 from rlquant.llm.model import LanguageModel
 
 __all__ = [
@@ -116,11 +116,7 @@ def answer_tokens(
     """Tokens of a prompt, as the chat template writes it where it is a chat, and of an answer."""
     if isinstance(prompt, str) and isinstance(answer, str):
         return lm.tokens(prompt), lm.tokens(answer)
-    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    end = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    if getattr(lm.tokenizer, "chat_template", None) is None:
-        before = as_text(start, lm.tokenizer) + "assistant: "
-    else:
-        before = lm.tokenizer.apply_chat_template(start, tokenize=False, add_generation_prompt=True)
+    end = as_messages(answer, "assistant")
+    before = prompt_text(as_messages(prompt, "user"), lm.tokenizer)
     whole = "".join(turn["content"] for turn in end) if len(end) == 1 else as_text(end, lm.tokenizer)
     return lm.tokens(before), lm.tokens(whole)

@@ -15,14 +15,14 @@ from torch import nn
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import named_as_peft_does
 from rlquant.llm.adapters import AdapterSettings, lora_config
-from rlquant.llm.data import as_text
+from rlquant.llm.data import prompt_text
 from rlquant.llm.heads import ScoreHead
 from rlquant.llm.load import transformers_module
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.reward_model import right_padded, write_reward_model
 from rlquant.llm.training import ADAPTER
 
-__all__ = ["pair_rewards", "pair_texts", "prompt_text", "reward_trainer", "save_trained_reward"]
+__all__ = ["pair_rewards", "pair_texts", "reward_trainer", "save_trained_reward"]
 
 _SCORE = "score"
 
@@ -46,19 +46,9 @@ def pair_texts(lm: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> list[dic
     """Preference pairs as two texts each: what the policy reads and what it answers, without an end; TRL adds that."""
     found = []
     for row in rows:
-        prompt = prompt_text(lm, row["prompt"])
+        prompt = prompt_text(row["prompt"], lm.tokenizer)
         found.append({key: prompt + _answer_text(row[key]) for key in ("chosen", "rejected")})
     return found
-
-
-def prompt_text(lm: LanguageModel, prompt: Any) -> str:
-    """A prompt as the policy reads it: text as it is, a conversation by the chat template, the answer to come."""
-    if isinstance(prompt, str):
-        return prompt
-    if getattr(lm.tokenizer, "chat_template", None) is None:
-        return as_text(prompt, lm.tokenizer) + "assistant: "
-    text: str = lm.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return text
 
 
 @torch.no_grad()

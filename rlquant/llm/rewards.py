@@ -10,7 +10,7 @@ from rlquant import catalog
 from rlquant.errors import InputError, unknown_name
 from rlquant.llm.reward_model import ModelReward, load_reward_model
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward
+from rlquant.llm.rollout import Reward, scores_of
 
 __all__ = ["load_reward", "reward_for_trl"]
 
@@ -61,8 +61,6 @@ def load_reward(named: str | Mapping[str, float], roles: Callable[[], Roles]) ->
 
 def reward_for_trl(reward: Reward, rows: Mapping[str, Mapping[str, Any]]) -> Callable[..., list[float]]:
     """A reward as TRL calls it, for prompts that are text; ``rows`` are found by their prompt."""
-    from rlquant.llm.rollout import scores_of
-
     numbers = {prompt: number for number, prompt in enumerate(rows)}
 
     def called(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

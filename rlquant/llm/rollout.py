@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
+from rlquant.llm.data import prompt_text
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 
@@ -27,6 +28,7 @@ __all__ = [
     "lay_out",
     "sample",
     "scores_of",
+    "with_prompt_text",
 ]
 
 Reward = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -156,6 +158,11 @@ def lay_out(
     mask = (places >= first[:, None]) & (places < last[:, None])
     ended = torch.tensor([bool(each) and each[-1] in ends for each in completions], device=device)
     return Rollout(torch.tensor(ids, device=device), mask, mask[:, before:], ended)
+
+
+def with_prompt_text(lm: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose prompt is the text that a policy reads, see :func:`~rlquant.llm.data.prompt_text`."""
+    return [{**row, "prompt": prompt_text(row["prompt"], lm.tokenizer)} for row in rows]
 
 
 def scores_of(

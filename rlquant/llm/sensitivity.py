@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rlquant.llm.blocks import BlockStream, OneBlock
 from rlquant.llm.model import LanguageModel, decoder_blocks
 from rlquant.llm.parts import BITS, EMBEDDING, STEPS, TABLE_STEPS, Part, parts_of
-from rlquant.llm.text import Windows, log_probabilities
+from rlquant.llm.text import Windows, log_probabilities, total_divergence
 from rlquant.llm.versions import at_precision
 from rlquant.measure import Sensitivity
 from rlquant.quant import Scheme, quantizable, quantize_, weight_bytes
@@ -178,6 +178,6 @@ class _Judge:
         for batch, references in zip(hidden, self.reference, strict=True):
             for window, p in zip(batch, references, strict=True):
                 q = log_probabilities(lm or self.lm, window)
-                total += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
+                total += total_divergence(p, q)
                 count += len(p)
         return max(0.0, total / count)

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from rlquant.errors import InputError
 from rlquant.llm.model import LanguageModel
 
-__all__ = ["Agreement", "Windows", "compare_windows", "log_probabilities", "window_losses"]
+__all__ = [
+    "Agreement",
+    "Windows",
+    "compare_windows",
+    "log_probabilities",
+    "total_divergence",
+    "window_losses",
+]
 
 _CHUNK_LOGITS = 2**25  # of a window's logits in float32 at once: 128 MB
 _TOGETHER = 16  # windows in one forward on a GPU; on a CPU they would only take more memory
@@ -142,10 +149,15 @@ def compare_windows(
                 pair = zip((reference, lm), states, strict=True)
                 p, q = (log_probabilities(each, state[part]) for each, state in pair)
                 q = q.to(p.device)
-                divergence += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
+                divergence += total_divergence(p, q)
                 agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
                 count += len(p)
     return Agreement(divergence / count, agreed / count)
+
+
+def total_divergence(p: Tensor, q: Tensor) -> float:
+    """Kullback-Leibler divergence from p in nats, of log-probabilities ``[tokens, vocabulary]``, summed over tokens."""
+    return float((p.exp() * (p - q)).sum(dim=-1).double().sum())
 
 
 def _together(lm: LanguageModel, windows: Windows) -> tuple[Tensor, ...]:
