@@ -94,7 +94,8 @@ def test_moments_on_a_gpu_are_numpys(offset: float) -> None:
     x = rows[0].double().numpy()
     a = x - x.mean(0)
     size = np.sqrt(np.outer(np.square(a).mean(0), np.square(a).mean(0)))
-    assert (np.abs(moments.gram[0].cpu().numpy() - a.T @ a / 4000) / size).max() < 2e-6
+    # Sums of 1,000 float32 products: some 3.5e-6 where a kernel adds them up one by one, and 1e-3 in TF32.
+    assert (np.abs(moments.gram[0].cpu().numpy() - a.T @ a / 4000) / size).max() < 1e-5
     d = (reference[0].double().numpy() - x) - (reference[0].double().numpy() - x).mean(0)
     drift = moments.drift
     assert drift is not None
