@@ -37,6 +37,14 @@ def missing_package(package: str, extra: str, needed_for: str) -> InputError:
     return InputError(f'{needed_for} needs the package {package}: pip install "rlquant[{extra}]"')
 
 
+def not_finite(step: int) -> InputError:
+    """An error for gradients that are NaN or infinite; the checkpoint before them is sound."""
+    return InputError(
+        f"the gradients of step {step} are no finite numbers, which ended the run: a smaller learning rate, or another "
+        "precision or dtype of the model may help; the last checkpoint is from before that"
+    )
+
+
 def unwritten_checkpoint(error: OSError) -> InputError:
     """An error for a checkpoint that could not be written; the one before it is whole."""
     return InputError(

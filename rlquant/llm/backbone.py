@@ -14,6 +14,7 @@ from torch import Tensor
 from rlquant.config import Section
 from rlquant.devices import device_named
 from rlquant.errors import InputError
+from rlquant.llm.attention import avoid_cudnn_attention
 from rlquant.llm.bitsandbytes import to_bitsandbytes_
 from rlquant.llm.load import DTYPES, load
 from rlquant.llm.model import LanguageModel
@@ -85,6 +86,7 @@ def load_backbone(settings: BaseSettings) -> Backbone:
         InputError: as :func:`~rlquant.llm.load.load`; the precision is unknown or needs calibration; the tokenizer has
             no token to pad with.
     """
+    avoid_cudnn_attention()
     plan = None if settings.precision in DTYPES else Plan.parse(settings.precision)
     if plan is not None and plan.needs_calibration:
         raise InputError(

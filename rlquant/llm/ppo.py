@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlquant.errors import InputError
+from rlquant.errors import InputError, not_finite
 from rlquant.llm.adapters import adapter_parameters, tensors_hash
 from rlquant.llm.experience import Experience, collect
 from rlquant.llm.learning_rate import check_learning_rate
@@ -52,7 +53,7 @@ from rlquant.llm.training_state import load_state, save_state
 __all__ = ["PPO", "PPOSettings"]
 
 _TRAINED = ("policy", "critic")
-_MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl")
+_MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl", "gradient_norm")
 
 
 class PPO:
@@ -140,8 +141,12 @@ class PPO:
     def train_step(self) -> dict[str, float]:
         """One rollout and the epochs on it; metrics by name.
 
-        Those of :func:`~rlquant.llm.experience.collect`, and ``policy_loss``, ``value_loss``, ``clipped`` and
-        ``approx_kl``, means over minibatches, and ``first_ratio``, the largest ``|log ratio|`` of the first one: 0.
+        Those of :func:`~rlquant.llm.experience.collect`, and ``policy_loss``, ``value_loss``, ``clipped``,
+        ``approx_kl`` and ``gradient_norm`` (of the policy, before it is clipped), means over minibatches, and
+        ``first_ratio``, the largest ``|log ratio|`` of the first one: 0.
+
+        Raises:
+            InputError: the reward function failed, or a gradient is no number; adapters are of no use then.
         """
         rollout, scores = self._roll_out()
         order = self._order(0, len(scores))
@@ -266,7 +271,12 @@ class PPO:
             for rows in torch.split(self._order(epoch, settings.batch), settings.minibatch):
                 steps.append(self._optimize(experience, rows, lengths))
         means = torch.stack([found[:-1] for found in steps]).mean(dim=0).tolist()
-        return dict(zip(_MEANS, means, strict=True)) | {"first_ratio": float(steps[0][-1])}
+        metrics = dict(zip(_MEANS, means, strict=True)) | {"first_ratio": float(steps[0][-1])}
+        if (
+            not math.isfinite(metrics["gradient_norm"]) and not self._scaler.is_enabled()
+        ):  # which leaves such steps out
+            raise not_finite(self.step + 1)
+        return metrics
 
     def _optimize(self, experience: Experience, rows: Tensor, lengths: Tensor) -> Tensor:
         """One step of the optimizer on a minibatch; its metrics, which stay on the device: nothing waits for them."""
@@ -277,17 +287,19 @@ class PPO:
             metrics = self._backward(experience, part, share)
             found.append(torch.cat([metrics[:-1] * share, metrics[-1:]]))
         self._scaler.unscale_(self.optimizer)
-        for group in self.optimizer.param_groups:
+        norms = [
             torch.nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+            for group in self.optimizer.param_groups
+        ]
         self._scaler.step(self.optimizer)
         self._scaler.update()
         every = torch.stack(found)
-        return torch.cat([every[:, :-1].sum(dim=0), every[:, -1:].amax(dim=0)])
+        return torch.cat([every[:, :-1].sum(dim=0), norms[0][None], every[:, -1:].amax(dim=0)])
 
     def _backward(self, experience: Experience, rows: Tensor, share: float) -> Tensor:
         """Gradients of a micro-batch, one role after the other, so that one role's activations are held at a time.
 
-        Its metrics: those of ``_MEANS``, and the largest log ratio.
+        Its metrics: those of ``_MEANS`` but the last, and the largest log ratio.
         """
         settings, rollout = self.settings, experience.rollout
         ids, mask, counts, last = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import named_as_peft_does
@@ -101,10 +101,18 @@ def _classifier(lm: LanguageModel, seed: int) -> Any:
             f"transformers has no sequence classifier of {config.model_type}: take another base"
         ) from None
     model.model = lm.model.model
-    head = nn.Linear(config.hidden_size, 1, bias=False)
+    head = _FloatLinear(config.hidden_size, 1, bias=False)
     head.weight.data.copy_(ScoreHead(config.hidden_size, seed=seed).weight.data[None])
     model.score = head.to(lm.device)
     return model
+
+
+class _FloatLinear(nn.Linear):
+    """The classifier's head on hidden states of any dtype, under autocast or not."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 def _answer_text(answer: Any) -> str:

@@ -25,6 +25,7 @@ from rlquant.llm.adapters import (
     checkpoint_blocks_,
     load_adapter,
 )
+from rlquant.llm.attention import avoid_cudnn_attention
 from rlquant.llm.heads import ScoreHead
 from rlquant.llm.log_probabilities import CHUNK, token_log_probs
 from rlquant.llm.model import LanguageModel, decoder_blocks, decoder_of
@@ -57,6 +58,7 @@ class Roles:
                     "a model of the Llama, Qwen or Mistral family"
                 )
         decoder_of(base_model(lm.model))
+        avoid_cudnn_attention()
         self.lm = lm
         self.heads: dict[str, ScoreHead] = {}
         self._checkpointing = checkpointing

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rlquant.config import Section
-from rlquant.errors import InputError, unwritten_checkpoint
+from rlquant.errors import InputError, not_finite, unwritten_checkpoint
 from rlquant.interrupts import CtrlC
 from rlquant.llm.adapter_layer import named_as_peft_does
 from rlquant.llm.adapters import (
@@ -94,6 +94,9 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
         "logging_steps": settings.log_every,
         "report_to": settings.report,
         "disable_tqdm": not sys.stderr.isatty(),
+        "pad_to_multiple_of": 64
+        if device.type == "cuda"
+        else None,  # few shapes: kernels are chosen and laid out once
         "seed": settings.seed,
         "data_seed": settings.seed,
     }
@@ -188,6 +191,8 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     before = base_hash(base)
     stop = _StopAtCtrlC()
     trainer.add_callback(stop)
+    if not trainer.args.fp16:  # whose scaler leaves such steps out
+        trainer.add_callback(_RefuseNaN())
     try:
         with stop.listening():
             result = trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoints))
@@ -252,6 +257,16 @@ class _StopAtCtrlC(TrainerCallback, CtrlC):
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
+
+
+class _RefuseNaN(TrainerCallback):
+    """Ends a run whose gradients are no numbers, before the optimizer spreads them to every weight."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Of transformers' callbacks."""
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise not_finite(state.global_step + 1)
 
 
 def _last_checkpoint(folder: Path) -> str | None:

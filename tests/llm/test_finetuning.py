@@ -136,6 +136,36 @@ def test_a_reward_model_learns_and_is_read_as_a_role(
 
 
 @pytest.mark.slow
+def test_a_reward_model_on_a_half_precision_base(
+    rlquant: Run, folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Its head is float32, in training under autocast as in scoring without."""
+    settings = (f"model={folder}", "model.dtype=bf16", f"data={pairs}", "train.steps=2", *SMALL[:6])
+    done = rlquant("run", "reward-qlora", *settings, "--out", tmp_path)
+    assert done.status == 0, done.err
+    assert 0 <= results(tmp_path)["gain"]["tuned"] <= 1
+
+
+@pytest.mark.slow
+def test_gradients_that_are_no_numbers_end_a_run(
+    rlquant: Run, folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The first step's learning rate throws the weights far off, and the second's gradients are NaN."""
+    settings = (
+        f"model={folder}",
+        f"data={pairs}",
+        "train.steps=3",
+        "train.lr=1e30",
+        "train.warmup=0",
+        *SMALL[:6],
+    )
+    done = rlquant("run", "dpo-qlora", *settings, "train.save_every=1", "--out", tmp_path)
+    assert done.status == 2
+    assert "the gradients of step 2 are no finite numbers" in done.err
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.slow
 def test_a_start_that_makes_up_for_quantization(
     rlquant: Run, folder: Path, texts: Path, pairs: Path, tmp_path: Path
 ) -> None:

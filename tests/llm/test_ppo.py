@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -324,6 +325,18 @@ def test_another_engine_may_complete_the_prompts() -> None:
     silent = PPO(roles_of(), ROWS, ones, FAST, generate=lambda prompts, *, seed: [[]] * len(prompts))
     with pytest.raises(InputError, match="no completion"):
         silent.run()
+
+
+def test_gradients_that_are_no_numbers_end_the_run(tmp_path: Path) -> None:
+    ppo = PPO(roles_of(), ROWS, ones, but(FAST, steps=3))
+    one = next(iter(ppo.roles.parameters("policy").values()))
+    one.register_hook(lambda gradient: gradient * (math.nan if ppo.step == 1 else 1))
+    with pytest.raises(InputError, match="the gradients of step 2 are no finite numbers"):
+        ppo.run(checkpoint=tmp_path / "state", every=1)
+    again = PPO(roles_of(), ROWS, ones, but(FAST, steps=3))
+    again.restore(tmp_path / "state")
+    assert again.step == 1
+    assert all(bool(each.isfinite().all()) for each in weights(again))
 
 
 def test_four_roles_on_one_base_with_a_reward_model() -> None:

@@ -205,3 +205,21 @@ def test_bad_roles() -> None:
     with pytest.raises(InputError, match="final_logit_softcapping"):
         Roles(bent)
     assert base_model(roles.model) is not roles.model
+
+
+@pytest.mark.gpu
+def test_attention_gradients_on_a_gpu_are_numbers() -> None:
+    """Of 64 keys whose scores are -96, behind a mask: cuDNN's are NaN, see ``attention.py``."""
+    Roles(quantized("int8"))
+    query = torch.full((1, 1, 64, 64), 4.0, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    key = (
+        torch.full((1, 1, 64, 64), -3.0, device="cuda", dtype=torch.bfloat16)
+        + torch.randn(64, 64, device="cuda") / 9
+    )
+    key = key.to(torch.bfloat16)
+    mask = torch.ones(64, 64, dtype=torch.bool, device="cuda")
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    out.square().sum().backward()
+    assert query.grad is not None
+    assert bool(query.grad.isfinite().all())
+    assert float(query.grad.abs().max()) > 0
