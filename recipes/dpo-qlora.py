@@ -20,7 +20,7 @@ from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
-from rlquant.llm.finish import compare_models, divergence_from_base, pair_scorer, shown_texts, write_samples
+from rlquant.llm.finish import compare_models, divergence_from_base, pair_scorer, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -65,7 +65,7 @@ def main(config: Config, run: RunFolder) -> None:
         score="share of pairs whose chosen answer is likelier than the rejected one",
         sample="pair",
         merge=config.merge,
-        calibration=shown_texts(data.train),
+        calibration=data.train,
     )
     samples = write_samples(run, base.lm, trainer.model, data.held_out)
     divergence = divergence_from_base(base.lm, trainer.model, data.held_out, config.data.max_length)

@@ -22,7 +22,7 @@ from rlquant.llm.adapters import load_adapter
 from rlquant.llm.artifact import save_artifact
 from rlquant.llm.backbone import Backbone, load_backbone, token_counter
 from rlquant.llm.examples import Examples, read_examples
-from rlquant.llm.finish import Scorer, compare_models, pair_scorer, reward_scorer, shown_texts, text_scorer
+from rlquant.llm.finish import Scorer, compare_models, pair_scorer, reward_scorer, text_scorer
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
@@ -67,7 +67,8 @@ def main(config: Config, run: RunFolder) -> None:
         score=gain["score"],
         sample=gain["sample"],
         merge=config.merge,
-        calibration=shown_texts(data.train),
+        calibration=with_prompt_text(base.lm, data.train) if KINDS[recipe] == "prompts" else data.train,
+        new_tokens=_new_tokens(recipe, of_run),
         keep=keep,
     )
     facts = {"base_sha256": None, "losses": []}
@@ -98,5 +99,11 @@ def _scorer(recipe: str, of_run: Any, base: Backbone, model: Any, data: Examples
         return text_scorer(data.held_out, longest)
     rows = with_prompt_text(lm, data.held_out)
     reward = load_reward(of_run.reward, lambda: Roles(lm.but(model=model)))
-    new_tokens = of_run.ppo.max_new_tokens if recipe == "ppo-qlora" else of_run.new_tokens
-    return reward_scorer(rows, reward, new_tokens=new_tokens, samples=of_run.samples)
+    return reward_scorer(rows, reward, new_tokens=_new_tokens(recipe, of_run), samples=of_run.samples)
+
+
+def _new_tokens(recipe: str, of_run: Any) -> int:
+    """Of a sampled answer; 0 where none is sampled."""
+    if KINDS[recipe] != "prompts":
+        return 0
+    return int(of_run.ppo.max_new_tokens if recipe == "ppo-qlora" else of_run.new_tokens)

@@ -23,7 +23,7 @@ from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, float_weights, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
-from rlquant.llm.finish import compare_models, divergence_from_base, shown_texts, text_scorer, write_samples
+from rlquant.llm.finish import compare_models, divergence_from_base, text_scorer, write_samples
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -76,7 +76,7 @@ def main(config: Config, run: RunFolder) -> None:
         score="log-probability of an answer's token, in nats",
         sample="row",
         merge=config.merge,
-        calibration=shown_texts(data.train),
+        calibration=data.train,
     )
     samples = write_samples(run, base.lm, trainer.model, data.held_out)
     divergence = divergence_from_base(base.lm, trainer.model, data.held_out, config.data.max_length)

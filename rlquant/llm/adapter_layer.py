@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlquant.errors import InputError
+from rlquant.llm.fused_nf4 import can_fuse, nf4_linear, nf4_lora
 from rlquant.quant import QuantLinear, device_of
 
 __all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "named_as_peft_does"]
@@ -38,12 +39,30 @@ class AdapterLinear(LoraLinear):
         if kwargs or any(name in self.lora_variant for name in active):
             mapped: Tensor = super().forward(x, *args, **kwargs)
             return mapped
+        if self._fuses(x, active):
+            return self._fused(x, active)
         result: Tensor = self.base_layer(x)
         for name in active:
             down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
             up = F.linear(down, self.lora_B[name].weight.to(down.dtype))
             result = result + (up * self.scaling[name]).to(result.dtype)
         return result
+
+    def _fuses(self, x: Tensor, active: list[str]) -> bool:
+        """One row is bitsandbytes' own case, and a frozen layer that passes gradients on is rare."""
+        if len(active) > 1 or x.numel() == x.shape[-1] or not can_fuse(self.base_layer):
+            return False
+        if not active:
+            return not (torch.is_grad_enabled() and x.requires_grad)
+        dropout = self.lora_dropout[active[0]]
+        return isinstance(dropout, nn.Identity) or not dropout.training
+
+    def _fused(self, x: Tensor, active: list[str]) -> Tensor:
+        if not active:
+            return nf4_linear(x, self.base_layer)
+        name = active[0]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return nf4_lora(x, self.base_layer, a, b, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises InputError for a packed base: codes do not hold a small change, and merging often drifts."""

@@ -16,6 +16,7 @@ from rlquant.devices import device_named
 from rlquant.errors import InputError
 from rlquant.llm.attention import avoid_cudnn_attention
 from rlquant.llm.bitsandbytes import to_bitsandbytes_
+from rlquant.llm.fused_blocks import fuse_blocks_
 from rlquant.llm.load import DTYPES, load
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
@@ -107,6 +108,8 @@ def load_backbone(settings: BaseSettings) -> Backbone:
     if plan is not None and device.type == "cuda":
         to_bitsandbytes_(lm.model, DTYPES[dtype])
     lm.model.requires_grad_(False)
+    if device.type == "cuda":
+        fuse_blocks_(lm.model)
     prepare_tokenizer_(lm)
     return Backbone(lm, size)
 

@@ -39,7 +39,6 @@ __all__ = [
     "divergence_from_base",
     "pair_scorer",
     "reward_scorer",
-    "shown_texts",
     "text_scorer",
     "write_samples",
 ]
@@ -50,6 +49,8 @@ Scorer = Callable[[LanguageModel], Scores]
 """From a model to the score of each held-out row, and what else was measured by name."""
 
 _SAMPLES, _DIVERGENCES = 4, 16
+_TOGETHER = 32
+"""Completions that are sampled at a time."""
 
 
 def compare_models(
@@ -63,7 +64,8 @@ def compare_models(
     score: str,
     sample: str,
     merge: MergeSettings | None,
-    calibration: Sequence[Any] = (),
+    calibration: Sequence[Row] = (),
+    new_tokens: int = 0,
     adapter: str = ADAPTER,
     keep: Callable[[str, LanguageModel], None] = lambda _name, _lm: None,
 ) -> Outcome:
@@ -77,7 +79,9 @@ def compare_models(
         scorer: see :data:`Scorer`.
         task, score, sample: see :class:`~rlquant.llm.outcome.Outcome`.
         merge: what becomes of the adapter; None merges nothing.
-        calibration: texts or conversations that quantization of the merged model looks at.
+        calibration: rows that the run learned from. Quantization of the merged model looks at them, and where they
+            are prompts without an answer at the tuned model's own answers, which is what it will write.
+        new_tokens: of these answers.
         adapter: what was trained; it is the active one afterwards.
         keep: is shown each merged model once, with its name.
     """
@@ -108,7 +112,7 @@ def compare_models(
     done = []
     if merge is not None:
         whole = cache(partial(merged, base, run.path / "adapter", merge.onto))
-        windows = cache(partial(_windows, lm, calibration, merge))
+        windows = cache(partial(_windows, tuned, calibration, merge, new_tokens))
 
         def make(name: str, precision: str, method: str) -> LanguageModel:
             own = whole().but(model=copy.deepcopy(whole().model))
@@ -155,7 +159,7 @@ def text_scorer(rows: Sequence[Row], longest: int) -> Scorer:
 
 
 def reward_scorer(
-    rows: Sequence[Row], reward: Reward, *, new_tokens: int, samples: int, batch: int = 16
+    rows: Sequence[Row], reward: Reward, *, new_tokens: int, samples: int, batch: int = _TOGETHER
 ) -> Scorer:
     """Mean reward of sampled completions of each prompt (text, under ``prompt``), always with the same seeds."""
     asked = [dict(row) for row in rows for _ in range(samples)]
@@ -176,18 +180,6 @@ def reward_scorer(
         return means, {"tokens": float(np.mean(lengths))}
 
     return score
-
-
-def shown_texts(rows: Sequence[Row]) -> list[Any]:
-    """What rows show a model: a text, or a prompt with its (chosen) answer where there is one."""
-    shown = []
-    for row in rows:
-        if "prompt" not in row:
-            shown.append(row["text"])
-            continue
-        answer = row.get("chosen", row.get("completion"))
-        shown.append(row["prompt"] if answer is None else row["prompt"] + answer)
-    return shown
 
 
 def divergence_from_base(lm: LanguageModel, model: Any, rows: Sequence[Row], longest: int) -> float:
@@ -248,6 +240,27 @@ def _read(lm: LanguageModel, row: Row) -> tuple[list[int], list[int]]:
     return answer_tokens(lm, row["prompt"], row["chosen"] if "chosen" in row else row["completion"])
 
 
-def _windows(lm: LanguageModel, shown: Sequence[Any], merge: MergeSettings) -> Tensor:
-    texts = [lm.tokens(as_text(each, lm.tokenizer)) for each in shown]
+def _windows(lm: LanguageModel, rows: Sequence[Row], merge: MergeSettings, new_tokens: int) -> Tensor:
+    """Calibration tokens of the run's own data, int64 ``[windows, length]``."""
+    asked = [row for row in rows if "prompt" in row and not _answer(row)]
+    texts = [
+        lm.tokens(as_text(_shown(row), lm.tokenizer)) for row in rows if _answer(row) or "prompt" not in row
+    ]
+    wanted = merge.windows * merge.length
+    seed = 0
+    while asked and sum(map(len, texts)) < wanted:
+        for start in range(0, len(asked), _TOGETHER):
+            prompts = [lm.tokens(row["prompt"]) for row in asked[start : start + _TOGETHER]]
+            made = sample(lm, prompts, seed=seed, max_new_tokens=new_tokens)
+            texts += [prompt + answer for prompt, answer in zip(prompts, made, strict=True)]
+            seed += 1
     return windows_of(texts, windows=merge.windows, length=merge.length, seed=0, what="the run's data")
+
+
+def _answer(row: Row) -> Any:
+    return row.get("chosen", row.get("completion"))
+
+
+def _shown(row: Row) -> Any:
+    """What a row shows a model: a text, or a prompt with its (chosen) answer."""
+    return row["text"] if "prompt" not in row else row["prompt"] + _answer(row)
