@@ -29,8 +29,8 @@ PROMPTS = (
     "data.held_out=0.2",
     f"reward={HERE}/arithmetic.py:score",
 )
-MERGE = ("merge.precisions=[int4-g128]", "merge.methods=[rtn, gptq]")
-PPO = ("ppo.steps=80", "ppo.batch=64", "ppo.minibatch=32", "ppo.epochs=2", "ppo.max_new_tokens=24",
+MERGE = ("merge.precisions=[int4-g128, int4-g32-asym-dq]", "merge.methods=[gptq]")
+PPO = ("ppo.steps=40", "ppo.batch=64", "ppo.minibatch=32", "ppo.microbatch=32", "ppo.epochs=2", "ppo.max_new_tokens=24",
        "ppo.learning_rate=1e-4", "ppo.critic_learning_rate=1e-4", "ppo.kl_coefficient=0.02")  # fmt: skip
 GRPO = (
     "train.steps=80",
@@ -80,8 +80,8 @@ def run(name: str, model: str, out: Path) -> None:
 def table(out: Path) -> str:
     """Of what is finished."""
     lines = [
-        "| run | base | tuned | gain | 95% interval | merged, int4-g128 gptq | keeps of the gain | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | base | tuned | gain | 95% interval | merged, gptq: keeps of the gain | minutes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in rows():
         try:
@@ -94,13 +94,11 @@ def table(out: Path) -> str:
 
 def _line(name: str, document: dict[str, Any]) -> str:
     gain, merged = document["gain"], [row for row in document["rows"] if row["method"] == "gptq"]
+    kept = ", ".join(f"{row['precision']} {row['retention']['value']:.0%}" for row in merged)
     low, high = gain["ci"]
     seconds = document["training"].get("seconds") or 0.0
-    kept = ["", ""] if not merged else [
-        f"{merged[0]['score']['mean']:.3f}", f"{merged[0]['retention']['value']:.0%}"
-    ]  # fmt: skip
     cells = [name, f"{gain['base']:.3f}", f"{gain['tuned']:.3f}", f"{gain['difference']:+.3f}",
-             f"{low:+.3f} to {high:+.3f}", *kept, f"{seconds / 60:.1f}"]  # fmt: skip
+             f"{low:+.3f} to {high:+.3f}", kept, f"{seconds / 60:.1f}"]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 

@@ -211,7 +211,7 @@ def prepare(folder: Path, gsm8k: Path) -> None:
         [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(1, 15) for b in range(1, 15)],
     )
     cut = [
-        {key: (text * 9)[: 512 if key == "prompt" else 511] for key, text in row.items()}
+        {key: (text * 9)[: 511 if key == "prompt" else 512] for key, text in row.items()}
         for row in found[:400]
     ]
     write_jsonl(folder / "long.jsonl", cut)

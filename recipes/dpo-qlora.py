@@ -21,6 +21,7 @@ from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, divergence_from_base, pair_scorer, write_samples
+from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -37,11 +38,16 @@ class Config(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of preferences that may be wrong")
     merge: MergeSettings | None = MergeSettings()
 
+    @property
+    def workload(self) -> Workload:
+        """For the planner."""
+        return self.train.workload("dpo", seq=self.data.max_length, rank=self.adapters.rank)
+
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
-    require_memory("dpo", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank)
+    require_memory(config.model, config.workload)
     base = load_backbone(config.model)
     data = read_examples(config.data, "pairs", token_counter(base.lm))
     arguments = DPOConfig(

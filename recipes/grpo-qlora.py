@@ -22,6 +22,7 @@ from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
+from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
@@ -47,13 +48,19 @@ class Config(Section):
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
     merge: MergeSettings | None = MergeSettings()
 
+    @property
+    def workload(self) -> Workload:
+        """For the planner."""
+        length, new = self.data.max_prompt + self.new_tokens, self.new_tokens
+        return self.train.workload("grpo", seq=length, rank=self.adapters.rank, completion=new)
+
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
-    length = config.data.max_prompt + config.new_tokens
-    rank = config.adapters.rank
-    require_memory("grpo", config.model, config.train, seq=length, rank=rank, completion=config.new_tokens)
+    require_memory(
+        config.model, config.workload, ("train.batch=", "data.max_prompt and new_tokens of together ")
+    )
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))

@@ -20,12 +20,14 @@ from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
+from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.ppo import PPO, PPOSettings
+from rlquant.llm.reporting import Report, check_report
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import with_prompt_text
-from rlquant.llm.training import run_ppo
+from rlquant.llm.training import require_memory, run_ppo
 from rlquant.runs import RunFolder
 
 
@@ -42,14 +44,32 @@ class Config(Section):
     checkpointing: bool = Field(
         True, description="recompute activations: a third more work, much less memory"
     )
+    report: Report = "none"
     save_every: int = Field(10, ge=1, description="steps from checkpoint to checkpoint")
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
     merge: MergeSettings | None = MergeSettings()
+
+    @property
+    def workload(self) -> Workload:
+        """For the planner."""
+        ppo, new = self.ppo, self.ppo.max_new_tokens
+        return Workload(
+            task="ppo",
+            batch=ppo.microbatch or ppo.minibatch,
+            rollout=ppo.batch,
+            seq=self.data.max_prompt + new,
+            completion=new,
+            rank=self.adapters.rank,
+            checkpointing=self.checkpointing,
+        )
 
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
+    check_report(config.report)
+    knobs = ("ppo.microbatch=", "data.max_prompt and ppo.max_new_tokens of together ")
+    require_memory(config.model, config.workload, knobs)
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))
@@ -59,7 +79,7 @@ def main(config: Config, run: RunFolder) -> None:
         roles.add(role, config.adapters)
     reward = load_reward(config.reward, lambda: roles)
     ppo = PPO(roles, train, reward, config.ppo)
-    learned = run_ppo(ppo, run, every=config.save_every)
+    learned = run_ppo(ppo, run, every=config.save_every, report=config.report)
     outcome = compare_models(
         run,
         base,

@@ -19,6 +19,7 @@ from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
+from rlquant.llm.memory import Workload
 from rlquant.llm.outcome import Contender, Outcome
 from rlquant.llm.reward_training import pair_rewards, pair_texts, reward_trainer, save_trained_reward
 from rlquant.llm.training import TrainSettings, fit, require_memory, trainer_arguments
@@ -36,13 +37,16 @@ class Config(Section):
         0.01, ge=0, description="how much scores are drawn to zero (Eisenstein et al. 2023)"
     )
 
+    @property
+    def workload(self) -> Workload:
+        """For the planner."""
+        return self.train.workload("reward", seq=self.data.max_length, rank=self.adapters.rank)
+
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare."""
     require_data(config.data)
-    require_memory(
-        "reward", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank
-    )
+    require_memory(config.model, config.workload)
     base = load_backbone(config.model)
     data = read_examples(config.data, "pairs", token_counter(base.lm))
     arguments = RewardConfig(

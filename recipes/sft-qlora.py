@@ -24,6 +24,7 @@ from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, float_weights, load_backbone, token_counter
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, divergence_from_base, text_scorer, write_samples
+from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -41,6 +42,11 @@ class Config(Section):
     )
     merge: MergeSettings | None = MergeSettings()
 
+    @property
+    def workload(self) -> Workload:
+        """For the planner."""
+        return self.train.workload("sft", seq=self.data.max_length, rank=self.adapters.rank)
+
 
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
@@ -49,7 +55,7 @@ def main(config: Config, run: RunFolder) -> None:
         raise InputError(
             "an adapter of adapters.init=loftq belongs to the quantized base: set merge.onto=dequantized"
         )
-    require_memory("sft", config.model, config.train, seq=config.data.max_length, rank=config.adapters.rank)
+    require_memory(config.model, config.workload)
     base = load_backbone(config.model)
     data = read_examples(config.data, "texts", token_counter(base.lm))
     arguments = SFTConfig(

@@ -46,6 +46,7 @@ class Workload:
         batch: sequences at once; pairs in DPO and reward modelling; completions in GRPO and PPO.
         seq: tokens of a sequence, prompt and completion together.
         completion: how many of them are generated (infer, grpo, ppo) [default: half].
+        rollout: sequences that are generated at once (grpo, ppo) [default: the batch].
         kv: of the KV cache: ``bf16``, or a scheme of :mod:`rlquant.llm.kv_cache`.
         rank: of the adapters.
         adapters: dtype of adapters, their gradients and their optimizer state: ``fp32`` or ``bf16``.
@@ -59,6 +60,7 @@ class Workload:
     batch: int = 4
     seq: int = 1024
     completion: int | None = None
+    rollout: int | None = None
     kv: str = "bf16"
     rank: int = 16
     adapters: str = "fp32"
@@ -192,7 +194,7 @@ def _generation(model: Architecture, precision: Precision, workload: Workload) -
     if workload.trains and workload.task not in ROLLED_OUT:
         return {}
     act = _activations(model, precision, workload)
-    rows, prompt = workload.rows, max(workload.seq - workload.generated, 1)
+    rows, prompt = workload.rollout or workload.rows, max(workload.seq - workload.generated, 1)
     bits = _kv_bits(precision, workload.kv)
     head = precision.unpacked_head(model)
     if workload.full_logits and not workload.trains:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from rlquant.config import Section
 from rlquant.errors import InputError, not_finite, unwritten_checkpoint
@@ -33,6 +32,8 @@ from rlquant.llm.memory import Workload, plan_memory
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.ppo import PPO
 from rlquant.llm.precision import Precision
+from rlquant.llm.progress import Progress, ShowProgress
+from rlquant.llm.reporting import Report, check_report, tracker
 from rlquant.runs import RunFolder
 
 __all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "run_ppo", "trainer_arguments"]
@@ -58,8 +59,23 @@ class TrainSettings(Section):
     )
     save_every: int = Field(50, ge=1, description="steps from checkpoint to checkpoint")
     log_every: int = Field(10, ge=1)
-    report: Literal["none", "tensorboard", "wandb"] = "none"
+    report: Report = "none"
     seed: int = 0
+
+    def workload(self, task: str, *, seq: int, rank: int, completion: int | None = None) -> Workload:
+        """What the planner is told of it, see :class:`~rlquant.llm.memory.Workload`."""
+        return Workload(
+            task=task,
+            batch=self.batch,
+            seq=seq,
+            completion=completion,
+            rollout=self.batch * self.accumulate
+            if completion
+            else None,  # TRL generates for a whole step at once
+            rank=rank,
+            optimizer="adamw" if self.optimizer == "adamw" else "adamw8bit",
+            checkpointing=self.checkpointing,
+        )
 
 
 def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolder) -> dict[str, Any]:
@@ -71,7 +87,7 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
     device, dtype = base.on, base.computes_in
     if settings.optimizer == "paged_adamw_8bit" and device.type != "cuda":
         raise InputError("train.optimizer = 'paged_adamw_8bit' needs a CUDA device: take adamw")
-    _check_report(settings.report)
+    check_report(settings.report)
     return {
         "output_dir": str(run.checkpoints),
         "learning_rate": settings.lr,
@@ -93,7 +109,7 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
         "save_total_limit": 2,
         "logging_steps": settings.log_every,
         "report_to": settings.report,
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": True,  # fit() shows how far it is
         "pad_to_multiple_of": 64
         if device.type == "cuda"
         else None,  # few shapes: kernels are chosen and laid out once
@@ -103,9 +119,14 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
 
 
 def require_memory(
-    task: str, base: BaseSettings, train: TrainSettings, *, seq: int, rank: int, completion: int | None = None
+    base: BaseSettings, work: Workload, knobs: tuple[str, str] = ("train.batch=", "data.max_length=")
 ) -> None:
     """Refuse what cannot fit on the GPU, before anything loads; what the planner does not know is not refused.
+
+    Args:
+        base: the model.
+        work: what is done with it.
+        knobs: settings of the batch and of the length, as they are written.
 
     Raises:
         InputError: with the plan's numbers and the largest batch and length that fit.
@@ -114,22 +135,12 @@ def require_memory(
         return
     properties = torch.cuda.get_device_properties(base.on)
     card = Card(properties.name, properties.total_memory, properties.major)
-    optimizer = "adamw" if train.optimizer == "adamw" else "adamw8bit"
-    work = Workload(
-        task=task,
-        batch=train.batch,
-        seq=seq,
-        completion=completion,
-        rank=rank,
-        optimizer=optimizer,
-        checkpointing=train.checkpointing,
-    )
     try:
         model = read_architecture(base.source)
         precision = Precision.parse(base.precision, dtype=base.computes_in)
     except InputError:
         return
-    require_fit(plan_memory(model, precision, work, card), card, ("train.batch=", "data.max_length="))
+    require_fit(plan_memory(model, precision, work, card), card, knobs)
 
 
 def adapted(
@@ -191,6 +202,8 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     before = base_hash(base)
     stop = _StopAtCtrlC()
     trainer.add_callback(stop)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ShowProgress())
     if not trainer.args.fp16:  # whose scaler leaves such steps out
         trainer.add_callback(_RefuseNaN())
     try:
@@ -208,8 +221,14 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}
 
 
-def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
+def run_ppo(ppo: PPO, run: RunFolder, *, every: int, report: Report = "none") -> dict[str, Any]:
     """Run PPO to its end, from its checkpoint where there is one.
+
+    Args:
+        ppo: the run.
+        run: where its checkpoint lies.
+        every: steps from checkpoint to checkpoint.
+        report: where the metrics of each step go, besides the results.
 
     Returns:
         ``losses`` (step and policy loss), ``metrics`` of each step, ``base_sha256`` and ``seconds``.
@@ -223,14 +242,19 @@ def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     kept = run.piece("metrics") or {"steps": []}
     metrics: list[dict[str, float]] = kept["steps"]
+    reports, bars = tracker(report, run.path), list[Progress]()
 
     def note(step: int, found: dict[str, float]) -> None:
         del metrics[step - 1 :]  # what came after the checkpoint comes again
         metrics.append(found)
         run.save_piece("metrics", {"steps": metrics})
-        if sys.stderr.isatty():
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
-            sys.stderr.write(f"step {step} of {ppo.settings.steps}  {shown}\n")
+        if reports is not None:
+            reports.log(found, step=step)
+        if not bars:
+            bars.append(Progress(ppo.settings.steps, step - 1, began=start))
+        bars[0].advance()
+        generated = ppo.settings.batch * sum(each["length"] for each in metrics[bars[0].first :])
+        bars[0].show(found, generated)
 
     try:
         with stop.listening():
@@ -239,6 +263,11 @@ def run_ppo(ppo: PPO, run: RunFolder, *, every: int) -> dict[str, Any]:
         raise InputError(
             "the GPU's memory ran out: set ppo.microbatch=1, a smaller ppo.minibatch, or a smaller ppo.max_new_tokens"
         ) from None
+    finally:
+        for bar in bars:
+            bar.close()
+        if reports is not None:
+            reports.finish()
     if stop.asked and ppo.step < ppo.settings.steps:
         raise KeyboardInterrupt
     return {
@@ -288,10 +317,3 @@ def _out_of_memory(settings: TrainSettings, checkpoints: Path) -> str:
     last = _last_checkpoint(checkpoints)
     kept = f"; the last checkpoint is {last}" if last else ""
     return f"the GPU's memory ran out: try {', or '.join(ways)} ('rlquant memory' plans it){kept}"
-
-
-def _check_report(name: str) -> None:
-    import importlib.util
-
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise InputError(f"train.report = {name!r} needs the package {name}: pip install {name}")

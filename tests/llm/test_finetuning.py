@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlquant.llm.backbone import BaseSettings, load_backbone
 from rlquant.llm.load import load
@@ -278,7 +280,8 @@ def test_ppo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, 
     """One seed: ``test_ppo.py`` has three."""
     settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "ppo.steps=12")
     merge = ("merge.precisions=[int4-g32]", "merge.methods=[rtn]")
-    done = rlquant("run", "ppo-qlora", *settings, *PPO, *merge, "samples=2", "--out", tmp_path)
+    more = (*merge, "samples=2", "report=tensorboard")
+    done = rlquant("run", "ppo-qlora", *settings, *PPO, *more, "--out", tmp_path)
     assert done.status == 0, done.err
     document = results(tmp_path)
     gain = document["gain"]
@@ -289,6 +292,10 @@ def test_ppo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, 
     assert rows[1]["retention"]["value"] > 0.5
     metrics = document["training"]["metrics"]
     assert len(metrics) == 12
+    assert re.search(r"step 12 of 12: reward \S+, kl \S+, [\d,]+ tokens/s, .*00:00 left", done.err)
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert [each.step for each in events.Scalars("reward")] == list(range(1, 13))
+    assert events.Scalars("reward")[-1].value == pytest.approx(metrics[-1]["reward"])
     assert max(each["first_ratio"] for each in metrics) == 0
 
 
