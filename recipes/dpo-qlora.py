@@ -26,6 +26,8 @@ from rlquant.llm.merge import MergeSettings
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
+SEVERAL_PROCESSES = True
+
 
 class Config(Section):
     """Settings of this recipe."""

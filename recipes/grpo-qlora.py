@@ -30,6 +30,13 @@ from rlquant.llm.rollout import Reward, with_prompt_text
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
+SEVERAL_PROCESSES = True
+KNOBS = {
+    "batch": "train.batch=",
+    "seq": "data.max_prompt and new_tokens of together ",
+    "rollout": "train.batch times train.accumulate of ",
+}
+
 
 class Config(Section):
     """Settings of this recipe."""

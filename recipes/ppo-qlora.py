@@ -30,6 +30,12 @@ from rlquant.llm.rollout import with_prompt_text
 from rlquant.llm.training import require_memory, run_ppo
 from rlquant.runs import RunFolder
 
+KNOBS = {
+    "batch": "ppo.microbatch=",
+    "seq": "data.max_prompt and ppo.max_new_tokens of together ",
+    "rollout": "ppo.batch=",
+}
+
 
 class Config(Section):
     """Settings of this recipe."""
@@ -68,8 +74,7 @@ def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
     check_report(config.report)
-    knobs = ("ppo.microbatch=", "data.max_prompt and ppo.max_new_tokens of together ")
-    require_memory(config.model, config.workload, knobs)
+    require_memory(config.model, config.workload, KNOBS)
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))

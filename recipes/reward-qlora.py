@@ -25,6 +25,8 @@ from rlquant.llm.reward_training import pair_rewards, pair_texts, reward_trainer
 from rlquant.llm.training import TrainSettings, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
+SEVERAL_PROCESSES = True
+
 
 class Config(Section):
     """Settings of this recipe."""

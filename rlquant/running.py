@@ -2,11 +2,13 @@
 
 A recipe is one Python file with a class ``Config`` (a :class:`~rlquant.config.Section`) and ``main(config, run)``,
 where ``run`` is the :class:`~rlquant.runs.RunFolder`; its settings are YAML files whose key ``recipe`` names it.
+A recipe that ``accelerate launch`` or ``torchrun`` may start several times at once says ``SEVERAL_PROCESSES = True``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -98,7 +100,14 @@ def run_recipe(name: str, settings: str | None, overrides: Sequence[str], out: P
         "config": config.model_dump(mode="json"),
         "versions": package_versions(),
     }
-    folder = RunFolder(out or Path("runs") / recipe.name, determined)
+    rank, processes = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if processes > 1 and not getattr(module, "SEVERAL_PROCESSES", False):
+        raise InputError(
+            f"{recipe.script.stem} runs in one process, not in {processes}: start it without accelerate or torchrun"
+        )
+    folder = RunFolder(out or Path("runs") / recipe.name, determined, writes=rank == 0)
     return int(module.main(config, folder) or 0)
 
 

@@ -84,15 +84,18 @@ class RunFolder:
     Args:
         path: created if missing.
         settings: plain JSON of everything that determines the results.
+        writes: whether this process writes; of several that run together one does, and the others read.
 
     Raises:
         InputError: the folder cannot be created or written to.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, settings: dict[str, Any], *, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         canonical = json.dumps(settings, sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        if not writes:
+            return
         try:
             (self.path / "pieces").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,7 +123,7 @@ class RunFolder:
     def save_piece(self, name: str, content: dict[str, Any]) -> None:
         """Keep a piece; JSON keeps every float exactly."""
         document = {"fingerprint": self.fingerprint, "content": content}
-        write_atomic(self._piece_path(name), json.dumps(document))
+        self._write(self._piece_path(name), json.dumps(document))
 
     def tensors(self, name: str) -> dict[str, Any] | None:
         """Tensors that an earlier, interrupted run of the same settings left behind, on the CPU."""
@@ -139,7 +142,7 @@ class RunFolder:
         from safetensors.torch import save
 
         held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        write_atomic(self._piece_path(name, "safetensors"), save(held, {"fingerprint": self.fingerprint}))
+        self._write(self._piece_path(name, "safetensors"), save(held, {"fingerprint": self.fingerprint}))
 
     def drop_tensors(self, name: str) -> None:
         """Remove tensors that are of no use any more; there may be none."""
@@ -153,8 +156,12 @@ class RunFolder:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a result file and return its path."""
-        write_atomic(self.path / name, content)
+        self._write(self.path / name, content)
         return self.path / name
+
+    def _write(self, path: Path, content: str | bytes) -> None:
+        if self.writes:
+            write_atomic(path, content)
 
     def _piece_path(self, name: str, kind: str = "json") -> Path:
         plain = re.sub(r"[^\w.-]", "_", name)

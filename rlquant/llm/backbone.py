@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class BaseSettings(Section):
     def on(self) -> torch.device:
         """Where everything computes. Raises InputError where there is no such device."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            local = os.environ.get("LOCAL_RANK")  # of accelerate and torchrun: a GPU for each process
+            cuda = "cuda" if local is None else f"cuda:{local}"
+            return torch.device(cuda if torch.cuda.is_available() else "cpu")
         return torch.device(device_named(self.device, also=("auto",)))
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from rlquant.errors import InputError
 from rlquant.llm.architecture import Architecture
@@ -11,9 +12,11 @@ from rlquant.llm.cards import Card
 from rlquant.llm.memory import MemoryPlan, Workload, plan_memory
 from rlquant.llm.precision import Precision
 
-__all__ = ["fits", "largest", "require_fit"]
+__all__ = ["Knob", "fits", "largest", "require_fit"]
 
+Knob = Literal["batch", "seq", "rollout"]
 _MOST = 2**20
+_OPTIONS: Mapping[Knob, str] = {"batch": "--batch ", "seq": "--seq "}
 
 
 def fits(plan: MemoryPlan, card: Card) -> bool:
@@ -26,13 +29,17 @@ def largest(
     precision: Precision,
     workload: Workload,
     card: Card,
-    knob: Literal["batch", "seq"],
+    knob: Knob,
 ) -> int:
-    """The largest batch, or the largest length up to what the model was made for, that fits; 0 where none does."""
-    low, high = 0, _MOST if knob == "batch" else model.longest
+    """The largest batch or rollout, or the largest length up to what the model was made for, that fits; 0 for none."""
+    low, high = 0, model.longest if knob == "seq" else _MOST
     while low < high:
         middle = (low + high + 1) // 2
-        changed = replace(workload, batch=middle) if knob == "batch" else _of_length(workload, middle)
+        changed = (
+            _of_length(workload, middle)
+            if knob == "seq"
+            else replace(workload, **dict[str, Any]({knob: middle}))
+        )
         fitting = fits(plan_memory(model, precision, changed, card), card)
         low, high = (middle, high) if fitting else (low, middle - 1)
     return low
@@ -46,17 +53,16 @@ def _of_length(workload: Workload, seq: int) -> Workload:
     return replace(workload, seq=seq, completion=completion)
 
 
-def require_fit(plan: MemoryPlan, card: Card, knobs: tuple[str, str] = ("--batch ", "--seq ")) -> None:
+def require_fit(plan: MemoryPlan, card: Card, knobs: Mapping[Knob, str] = _OPTIONS) -> None:
     """Raises InputError with the plan's numbers and the largest settings that fit, where the plan does not.
 
-    ``knobs`` are what stands before a batch and before a length that fit.
+    ``knobs`` are what stands before a batch, a length or a rollout that fit.
     """
     if fits(plan, card):
         return
     model, precision, workload = plan.model, plan.precision, plan.workload
-    batch = largest(model, precision, workload, card, "batch")
-    seq = largest(model, precision, workload, card, "seq")
-    ways = ([f"{knobs[0]}{batch}"] if batch else []) + ([f"{knobs[1]}{seq}"] if seq else [])
+    sizes = {knob: largest(model, precision, workload, card, knob) for knob in knobs}
+    ways = [f"{knobs[knob]}{size}" for knob, size in sizes.items() if size]
     advice = f"this fits: {' or '.join(ways)}" if ways else "no batch and no length fits"
     raise InputError(
         f"{workload.task} of {model.name} in {precision.name} with {workload.batch} x {workload.seq} tokens needs "

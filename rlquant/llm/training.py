@@ -25,7 +25,7 @@ from rlquant.llm.adapters import (
 from rlquant.llm.architecture import read_architecture
 from rlquant.llm.backbone import BaseSettings
 from rlquant.llm.cards import Card
-from rlquant.llm.fitting import require_fit
+from rlquant.llm.fitting import Knob, require_fit
 from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.loftq import init_loftq_
 from rlquant.llm.memory import Workload, plan_memory
@@ -40,6 +40,7 @@ __all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "run_
 
 ADAPTER = "default"
 """The name that PEFT gives to a trainer's only adapter."""
+_KNOBS: Mapping[Knob, str] = {"batch": "train.batch=", "seq": "data.max_length="}
 
 
 class TrainSettings(Section):
@@ -101,6 +102,7 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
         "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_broadcast_buffers": False,  # which the packed weights are, the same in every process
         "bf16": dtype == "bf16",
         "fp16": dtype == "fp16",
         "use_cpu": device.type == "cpu",
@@ -118,15 +120,13 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
     }
 
 
-def require_memory(
-    base: BaseSettings, work: Workload, knobs: tuple[str, str] = ("train.batch=", "data.max_length=")
-) -> None:
+def require_memory(base: BaseSettings, work: Workload, knobs: Mapping[Knob, str] = _KNOBS) -> None:
     """Refuse what cannot fit on the GPU, before anything loads; what the planner does not know is not refused.
 
     Args:
         base: the model.
         work: what is done with it.
-        knobs: settings of the batch and of the length, as they are written.
+        knobs: the settings of its sizes, as they are written.
 
     Raises:
         InputError: with the plan's numbers and the largest batch and length that fit.
@@ -197,6 +197,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
         InputError: memory ran out (which knobs to turn), the disk is full, or the learning rate vanishes in the
             adapters' dtype.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+        SystemExit: in all processes but the first, where several trained together: it alone evaluates.
     """
     check_learning_rate(trainer.model, ADAPTER, settings.lr)
     before = base_hash(base)
@@ -217,6 +218,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
         raise KeyboardInterrupt
     if base_hash(base) != before:
         raise RuntimeError("training changed the base, which must not happen")
+    _go_on_alone(trainer)
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}
 
@@ -276,6 +278,16 @@ def run_ppo(ppo: PPO, run: RunFolder, *, every: int, report: Report = "none") ->
         "base_sha256": ppo.roles.base_hash(),
         "seconds": time.monotonic() - start,
     }
+
+
+def _go_on_alone(trainer: Any) -> None:
+    """Of processes that trained together, let the first go on and end the others."""
+    if trainer.args.world_size == 1:
+        return
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+    if not trainer.is_world_process_zero():
+        raise SystemExit(0)
 
 
 class _StopAtCtrlC(TrainerCallback, CtrlC):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,6 +101,33 @@ def test_dpo_learns_what_is_preferred(rlquant: Run, folder: Path, pairs: Path, t
     assert (tmp_path / "0" / "report.html").stat().st_size > 10_000
     losses = [loss for _, loss in document["training"]["losses"]]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts as no change
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_their_batches(
+    rlquant: Run, folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    settings = (f"model={folder}", f"data={pairs}", *SMALL[:4], "train.log_every=1", "train.steps=4", "train.lr=5e-3",
+                "merge=null")  # fmt: skip
+    alone = rlquant("run", "dpo-qlora", *settings, "train.batch=8", "--out", tmp_path / "alone")
+    assert alone.status == 0, alone.err
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "rlquant", "run", "dpo-qlora", *settings, "train.batch=4",
+               "--out", str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 4 of 4") == 1  # one of them speaks
+    one, two = (results(tmp_path / name) for name in ("alone", "two"))
+    np.testing.assert_allclose(two["training"]["losses"], one["training"]["losses"], rtol=1e-5)
+    assert two["training"]["losses"][0] != two["training"]["losses"][-1]
+    assert two["training"]["base_sha256"] == one["training"]["base_sha256"]
+
+
+def test_ppo_runs_in_one_process(rlquant: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = rlquant("run", "ppo-qlora", "data=prompts.jsonl", "--out", tmp_path)
+    assert done.status == 2
+    assert "ppo-qlora runs in one process, not in 2" in done.err
 
 
 @pytest.mark.slow
