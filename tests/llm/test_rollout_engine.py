@@ -1,0 +1,197 @@
+"""Rollouts beside transformers' generate, its logits and its filters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinPLogitsWarper,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlquant.errors import InputError
+from rlquant.llm.adapters import AdapterSettings
+from rlquant.llm.engine import rollout
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.quantize import Plan, quantize_model_
+from rlquant.llm.roles import Roles
+from rlquant.llm.sampling import Sampling, choose, uniform
+
+TEXTS = ("3 and 4 make ", "1", "15 and 27 make 42. 8 and ", "2 and")
+GREEDY = Sampling(temperature=0)
+
+
+def model_of(family: str) -> Any:
+    """Trained, or of random weights that are large enough for clear preferences."""
+    if family == "qwen2":
+        return copy.deepcopy(tiny.model()).eval()
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 260, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    made = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
+    }
+    return made[family]().eval()
+
+
+def prompts() -> list[list[int]]:
+    return [tiny.tokenizer()(text)["input_ids"] for text in TEXTS]
+
+
+def trained_roles() -> Roles:
+    """A packed base with an adapter that changes something."""
+    lm = LanguageModel(copy.deepcopy(tiny.model()), tiny.tokenizer(), "tiny", "fp32")
+    roles = Roles(quantize_model_(lm, Plan.parse("nf4")))
+    roles.add("policy", AdapterSettings(rank=4))
+    generator = torch.Generator().manual_seed(3)
+    for name, each in roles.parameters("policy").items():
+        if "lora_B" in name:
+            each.data.copy_(torch.randn(each.shape, generator=generator) / 20)
+    roles.model.eval()
+    return roles
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+def test_greedy_tokens_are_those_of_generate(family: str, slots: int) -> None:
+    model = model_of(family)
+    found = {
+        each.prompt: each
+        for each in rollout(model, prompts(), max_new_tokens=20, sampling=GREEDY, slots=slots)
+    }
+    assert len(found) == len(TEXTS)
+    for number, prompt in enumerate(prompts()):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert found[number].ids == expected[0, len(prompt) :].tolist()
+        assert not found[number].ended
+
+
+def test_stop_tokens_end_a_completion() -> None:
+    model, dot = model_of("qwen2"), tiny.tokenizer()(".")["input_ids"][0]
+    found = list(rollout(model, prompts(), max_new_tokens=20, sampling=GREEDY, stop=[dot]))
+    assert all(each.ended and each.ids[-1] == dot and dot not in each.ids[:-1] for each in found)
+    assert {len(each.log_probs) - len(each.ids) for each in found} == {0}
+
+
+def test_log_probabilities_are_those_of_training() -> None:
+    roles = trained_roles()
+    with roles.acting("policy"):
+        found = list(
+            rollout(roles.model, prompts(), n=2, max_new_tokens=9, sampling=Sampling(temperature=0.7))
+        )
+    assert len({tuple(each.ids) for each in found}) > 4
+    for each in found:
+        ids = torch.tensor([[*prompts()[each.prompt], *each.ids]])
+        expected = roles.policy(ids, torch.ones_like(ids, dtype=torch.bool), last=9, temperature=0.7)
+        np.testing.assert_allclose(each.log_probs, expected[0].tolist(), rtol=1e-4, atol=1e-4)
+
+
+def test_completions_do_not_depend_on_what_is_beside_them() -> None:
+    model = model_of("qwen2")
+
+    def completed(slots: int) -> dict[tuple[int, int], list[int]]:
+        made = rollout(model, prompts(), n=3, max_new_tokens=12, seed=7, slots=slots, stop=[13, 46])
+        return {(each.prompt, each.number): each.ids for each in made}
+
+    together = completed(64)
+    assert len(together) == 12
+    assert completed(1) == completed(5) == together
+    assert len({tuple(ids) for ids in together.values()}) > 8
+    other = rollout(model, prompts(), n=3, max_new_tokens=12, seed=8, stop=[13, 46])
+    assert {(each.prompt, each.number): each.ids for each in other} != together
+
+
+def test_numbers_are_uniform_and_independent() -> None:
+    seeds, places = torch.meshgrid(torch.arange(400) * 7919, torch.arange(500), indexing="ij")
+    found = uniform(seeds.flatten(), places.flatten()).double().numpy()
+    assert 0 <= found.min() < 1e-4
+    assert 1 - 1e-4 < found.max() < 1
+    counts = np.histogram(found, bins=100, range=(0, 1))[0]
+    assert np.square(counts - 2000).sum() / 2000 < 160  # chi-square of 99 degrees: 148 at a thousandth
+    grid = found.reshape(400, 500)
+    for shifted in (
+        np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel()),
+        np.corrcoef(grid[:-1].ravel(), grid[1:].ravel()),
+    ):
+        assert abs(shifted[0, 1]) < 0.01
+
+
+def test_numbers_are_splitmix64() -> None:
+    """Beside Python's integers of any size."""
+    mask = 2**64 - 1
+
+    def literal(seed: int, place: int) -> float:
+        x = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return ((x ^ (x >> 31)) >> 40) / 2**24
+
+    cases = [(0, 0), (1, 0), (2**32 - 1, 3), (2**62, 999), (12345, 2**31)]
+    seeds, places = (torch.tensor(column) for column in zip(*cases, strict=True))
+    assert uniform(seeds, places).tolist() == [literal(*case) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warper"),
+    [
+        (Sampling(), None),
+        (Sampling(top_k=5), TopKLogitsWarper(5)),
+        (Sampling(top_p=0.6), TopPLogitsWarper(0.6)),
+        (Sampling(min_p=0.2), MinPLogitsWarper(0.2)),
+        (Sampling(temperature=0.5), None),
+    ],
+)
+def test_tokens_come_as_often_as_they_should(sampling: Sampling, warper: Any) -> None:
+    logits = 1.5 * torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    scaled = logits / sampling.temperature
+    expected = (scaled if warper is None else warper(None, scaled)).softmax(dim=-1)[0].double().numpy()
+    count = 40_000
+    tokens, log_probs = choose(
+        logits.expand(count, -1), sampling, torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    )
+    found = np.bincount(tokens.numpy(), minlength=40) / count
+    assert found[expected == 0].sum() == 0
+    assert np.abs(found - expected).max() < 0.01
+    torch.testing.assert_close(log_probs, scaled.log_softmax(dim=-1)[0][tokens])
+
+
+def test_bad_input() -> None:
+    model, given = model_of("qwen2"), prompts()
+    with pytest.raises(
+        InputError, match="prompt 2 has 25 tokens, and with 10 new ones is longer than the 30"
+    ):
+        rollout(model, given, max_new_tokens=10, length=30)
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        rollout(model, [[]], max_new_tokens=10)
+    with pytest.raises(InputError, match="must be at least 1"):
+        rollout(model, given, max_new_tokens=0)
+    with pytest.raises(InputError, match=r"top_p is 0\.0: it must be above 0"):
+        Sampling(top_p=0.0)
+    assert list(rollout(model, [], max_new_tokens=3)) == []
+    model.config.model_type = "gpt2"
+    with pytest.raises(InputError, match="no rollouts for the architecture 'gpt2': llama"):
+        rollout(model, given, max_new_tokens=10)
+
+
+def test_logits_that_are_no_numbers_name_the_sequence() -> None:
+    model = model_of("qwen2")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tiny.tokenizer()("7")["input_ids"][0]] = torch.nan
+    found = rollout(model, [[51], [55]], max_new_tokens=4, sampling=GREEDY)
+    with pytest.raises(InputError, match=r"logits of token \d+ of completion 0 of prompt \d+ are not finite"):
+        list(found)
