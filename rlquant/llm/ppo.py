@@ -47,12 +47,22 @@ from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.losses import AdaptiveKL, policy_loss, value_loss
 from rlquant.llm.ppo_settings import PPOSettings
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Generate, Reward, Rollout, TransformersGenerate, eos_ids, lay_out, scores_of
+from rlquant.llm.rollout import (
+    EngineGenerate,
+    Generate,
+    Reward,
+    Rollout,
+    TransformersGenerate,
+    eos_ids,
+    lay_out,
+    scores_of,
+)
 from rlquant.llm.training_state import load_state, save_state
 
 __all__ = ["PPO", "PPOSettings"]
 
 _TRAINED = ("policy", "critic")
+_SAMPLERS = {"transformers": TransformersGenerate, "rlquant": EngineGenerate}
 _MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl", "gradient_norm")
 
 
@@ -64,7 +74,7 @@ class PPO:
         rows: prompts as they are read by the policy, under ``prompt``; the reward function sees whole rows.
         reward: see :data:`~rlquant.llm.rollout.Reward`.
         settings: of the run.
-        generate: completes prompts; by default transformers.
+        generate: completes prompts; by default what the settings name.
         optimizer: makes one of parameter groups; by default Adam. Its state is in checkpoints.
 
     Raises:
@@ -85,7 +95,8 @@ class PPO:
         if "critic" not in roles.heads:
             raise InputError("PPO needs a critic: roles.add('critic', ...)")
         self.prompts = _prompts(roles, rows, settings.max_new_tokens)
-        self.generate = generate or TransformersGenerate(
+        sampler = _SAMPLERS[settings.rollouts]
+        self.generate: Generate = generate or sampler(
             roles, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature
         )
         self.step = 0

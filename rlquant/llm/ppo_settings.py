@@ -28,6 +28,9 @@ class PPOSettings(Section):
     critic_learning_rate: float = Field(5e-5, description="for the critic's adapter and its head")
     anneal: bool = Field(False, description="let both fall linearly to zero over the steps")
     max_new_tokens: int = Field(64, ge=1, description="of a completion")
+    rollouts: Literal["transformers", "rlquant"] = Field(
+        "transformers", description="what samples: generate, or rlquant.llm.engine"
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling")
     kl_coefficient: float = Field(0.05, description="beta of the penalty, at first")
     kl_target: float | None = Field(

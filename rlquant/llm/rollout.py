@@ -16,10 +16,14 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
+from rlquant.llm.decoding import Decoder
+from rlquant.llm.engine import rollout
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
+from rlquant.llm.sampling import Sampling
 
 __all__ = [
+    "EngineGenerate",
     "Generate",
     "Reward",
     "Rollout",
@@ -101,6 +105,43 @@ class TransformersGenerate:
             )
 
 
+class EngineGenerate:
+    """Sampling by :func:`~rlquant.llm.engine.rollout`.
+
+    Args:
+        roles: whose policy completes.
+        max_new_tokens: of a completion.
+        temperature: of the sampling; greater than 0.
+        slots: sequences at a time.
+
+    Raises:
+        InputError: as :class:`~rlquant.llm.decoding.Decoder`.
+    """
+
+    def __init__(
+        self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, slots: int = 64
+    ) -> None:
+        Decoder(roles.model)
+        self.roles, self.max_new_tokens, self.slots = roles, max_new_tokens, slots
+        self.sampling = Sampling(temperature)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+        """See :class:`Generate`."""
+        made: list[list[int]] = [[] for _ in prompts]
+        with self.roles.acting("policy"):
+            for each in rollout(
+                self.roles.model,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                stop=eos_ids(self.roles.lm),
+                sampling=self.sampling,
+                seed=seed,
+                slots=self.slots,
+            ):
+                made[each.prompt] = each.ids
+        return made
+
+
 @torch.no_grad()
 def sample(
     lm: LanguageModel,
@@ -127,16 +168,16 @@ def sample(
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad if pad is not None else 0,
     )
-    rollout = lay_out(prompts, [[] for _ in prompts], ends, lm.device)
-    device = rollout.ids.device
+    laid = lay_out(prompts, [[] for _ in prompts], ends, lm.device)
+    device = laid.ids.device
     before, model.generation_config = model.generation_config, plain  # whose settings would fill gaps of ours
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            out = model.generate(rollout.ids, attention_mask=rollout.mask.long(), generation_config=plain)
+            out = model.generate(laid.ids, attention_mask=laid.mask.long(), generation_config=plain)
     finally:
         model.generation_config = before
-    rows: list[list[int]] = out[:, rollout.ids.shape[1] :].tolist()
+    rows: list[list[int]] = out[:, laid.ids.shape[1] :].tolist()
     return [_until(row, ends) for row in rows]
 
 

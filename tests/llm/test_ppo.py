@@ -76,8 +76,10 @@ def weights(ppo: PPO) -> list[torch.Tensor]:
     return [each.detach().clone() for part in named for each in part.values()]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_reward_at_least_doubles(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "rollouts"), [(0, "transformers"), (1, "transformers"), (2, "transformers"), (1, "rlquant")]
+)
+def test_the_reward_at_least_doubles(seed: int, rollouts: str) -> None:
     settings = but(
         FAST,
         steps=12,
@@ -87,6 +89,7 @@ def test_the_reward_at_least_doubles(seed: int) -> None:
         learning_rate=1e-2,
         critic_learning_rate=1e-2,
         kl_coefficient=0.002,
+        rollouts=rollouts,
         seed=seed,
     )
     roles = roles_of(seed=seed)
