@@ -10,7 +10,7 @@ quantized model keeps of the gain (results.json, report.html), answers to compar
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from pydantic import Field
@@ -26,7 +26,7 @@ from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward, with_prompt_text
+from rlquant.llm.rollout import Reward, rollouts_for_trl, with_prompt_text
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
@@ -50,6 +50,9 @@ class Config(Section):
     train: TrainSettings = TrainSettings(lr=1e-5, batch=8, accumulate=1)
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
+    rollouts: Literal["transformers", "rlquant"] = Field(
+        "transformers", description="what samples: generate, or rlquant.llm.engine"
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling")
     beta: float = Field(0.04, ge=0, description="of the KL penalty to the base; TRL's own default is 0")
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
@@ -87,6 +90,10 @@ def main(config: Config, run: RunFolder) -> None:
     def reward(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> Sequence[float]:
         return loaded[0](prompts, completions, rows)
 
+    roll_out = None
+    if config.rollouts == "rlquant":
+        new, seed = config.new_tokens, config.train.seed
+        roll_out = rollouts_for_trl(lm, max_new_tokens=new, temperature=config.temperature, seed=seed)
     trainer = adapted(
         GRPOTrainer,
         lm,
@@ -94,6 +101,7 @@ def main(config: Config, run: RunFolder) -> None:
         args=arguments,
         reward_funcs=reward_for_trl(reward, {row["prompt"]: row for row in train}),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in train]),
+        rollout_func=roll_out,
     )
     loaded.append(load_reward(config.reward, lambda: Roles(lm.but(model=trainer.model))))
     learned = fit(trainer, run, config.train, lm.model)

@@ -123,10 +123,11 @@ class _Batch:
 
     def _read(self, entering: dict[int, Completion]) -> Tensor:
         """Logits after the prompts of sequences that enter; each prompt is read in the first of its slots."""
-        first: dict[int, int] = {}
-        for slot, each in entering.items():
-            first.setdefault(each.prompt, slot)
-        read = [self.prompts[prompt] for prompt in first]
+        first: dict[tuple[int, ...], int] = {}
+        texts = {slot: tuple(self.prompts[each.prompt]) for slot, each in entering.items()}
+        for slot, text in texts.items():
+            first.setdefault(text, slot)
+        read = list(first)
         longest = max(map(len, read))
         ids = torch.tensor([[*each, *[0] * (longest - len(each))] for each in read], device=self.device)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
@@ -134,12 +135,12 @@ class _Batch:
         hidden = self.decoder.hidden(ids, positions, self.cache, places, longest)
         ends = torch.tensor([len(each) - 1 for each in read], device=self.device)
         last = hidden[torch.arange(len(read), device=self.device), ends]
-        for prompt, slot in first.items():
-            others = [other for other, each in entering.items() if each.prompt == prompt and other != slot]
+        for text, slot in first.items():
+            others = [other for other, same in texts.items() if same == text and other != slot]
             if others:
-                self.cache.copy_(slot, others, len(self.prompts[prompt]))
-        row = {prompt: number for number, prompt in enumerate(first)}
-        rows = torch.tensor([row[each.prompt] for each in entering.values()], device=self.device)
+                self.cache.copy_(slot, others, len(text))
+        row = {text: number for number, text in enumerate(first)}
+        rows = torch.tensor([row[text] for text in texts.values()], device=self.device)
         return self.decoder.logits(last)[rows]
 
     def _write(self) -> Tensor:

@@ -6,6 +6,7 @@ What completes them is a function of token ids, so that a faster engine can take
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ __all__ = [
     "TransformersGenerate",
     "eos_ids",
     "lay_out",
+    "rollouts_for_trl",
     "sample",
     "scores_of",
     "with_prompt_text",
@@ -140,6 +142,46 @@ class EngineGenerate:
             ):
                 made[each.prompt] = each.ids
         return made
+
+
+def rollouts_for_trl(
+    lm: LanguageModel, *, max_new_tokens: int, temperature: float, seed: int, slots: int = 64
+) -> Callable[[list[str], Any], dict[str, Any]]:
+    """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :func:`~rlquant.llm.engine.rollout`.
+
+    Prompts are text, repeated for each completion; those of a group are read once. Every step and process has a seed of
+    its own, so that a resumed run samples as the uninterrupted one.
+    """
+    sampling = Sampling(temperature)
+
+    def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        ids = [lm.tokens(prompt) for prompt in prompts]
+        turn = zlib.crc32(f"{seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}".encode())
+        was_training = model.training
+        model.eval()
+        try:
+            made = list(
+                rollout(
+                    model,
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    stop=eos_ids(lm),
+                    sampling=sampling,
+                    seed=turn,
+                    slots=slots,
+                )
+            )
+        finally:
+            model.train(was_training)
+        made.sort(key=lambda each: each.prompt)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [each.ids for each in made],
+            "logprobs": [each.log_probs for each in made],
+        }
+
+    return roll_out
 
 
 @torch.no_grad()

@@ -329,13 +329,15 @@ def test_ppo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, 
 
 @pytest.mark.slow
 def test_grpo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path) -> None:
-    for seed in range(3):
+    for seed, rollouts in ((0, "transformers"), (1, "transformers"), (2, "transformers"), (1, "rlquant")):
         settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "train.steps=15", "train.lr=3e-3",
                     "train.batch=16", f"train.seed={seed}", "answers=8", "new_tokens=5", "adapters.rank=8",
-                    "samples=2", "beta=0.01", "merge=null", "data.max_prompt=32")  # fmt: skip
-        done = rlquant("run", "grpo-qlora", *settings, "--out", tmp_path / str(seed))
+                    "samples=2", "beta=0.01", "merge=null", "data.max_prompt=32",
+                    f"rollouts={rollouts}")  # fmt: skip
+        out = tmp_path / f"{rollouts}-{seed}"
+        done = rlquant("run", "grpo-qlora", *settings, "--out", out)
         assert done.status == 0, done.err
-        gain = results(tmp_path / str(seed))["gain"]
+        gain = results(out)["gain"]
         assert gain["ci"][0] > 0
         assert gain["tuned"] >= 2 * gain["base"]
 
