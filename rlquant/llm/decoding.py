@@ -82,15 +82,17 @@ class Decoder:
         return StaticCache(keys, values)
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, positions: Tensor, cache: StaticCache, slots: Tensor, reach: int) -> Tensor:
+    def hidden(
+        self, ids: Tensor, positions: Tensor, cache: StaticCache, slots: Tensor | None, reach: int
+    ) -> Tensor:
         """Hidden states of tokens, which are put into the cache; each sees its slot up to itself.
 
         Args:
             ids, positions: int64 ``[batch, tokens]``; padding may follow a sequence, and its places in the cache are
                 written again when the sequence comes to them.
             cache: is written to.
-            slots: int64 ``[batch]``.
-            reach: no position is as large.
+            slots: int64 ``[batch]``; None for the first so many, which are read in place.
+            reach: no position that counts is as large.
 
         Returns:
             ``[batch, tokens, size]``, after the last norm.
@@ -123,7 +125,7 @@ class Decoder:
         turn: tuple[Tensor, Tensor],
         visible: Tensor,
         kept: tuple[Tensor, Tensor],
-        slots: Tensor,
+        slots: Tensor | None,
     ) -> Tensor:
         """Grouped-query attention of one block (Ainslie et al. 2023, arXiv:2305.13245)."""
         batch, tokens, _ = hidden.shape
@@ -134,10 +136,11 @@ class Decoder:
         if hasattr(part, "q_norm"):
             query, key = part.q_norm(query), part.k_norm(key)
         query, key = (_turned(each, *turn) for each in (query, key))
+        rows = torch.arange(batch, device=positions.device) if slots is None else slots
         for cached, new in zip(kept, (key, value), strict=True):
-            cached[slots[:, None], :, positions] = new
+            cached[rows[:, None], :, positions] = new
         reach = visible.shape[-1]
-        keys, values = (cached[slots, :, :reach] for cached in kept)
+        keys, values = (each[:batch, :, :reach] if slots is None else each[slots, :, :reach] for each in kept)
         if tokens == 1:
             mixed = _one_token(query[:, 0], keys, values, visible[:, 0], part.scaling)
         else:

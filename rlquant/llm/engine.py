@@ -25,6 +25,11 @@ from rlquant.llm.sampling import Sampling, choose
 
 __all__ = ["Completion", "rollout"]
 
+_REACH = 64
+"""Tokens by which what a step looks at grows."""
+_READ = 8192
+"""Tokens of prompts that are read together, which bounds the memory of their activations."""
+
 
 @dataclass
 class Completion:
@@ -95,7 +100,7 @@ def rollout(
 
 
 class _Batch:
-    """Sequences in the slots of a cache."""
+    """Sequences in the slots of a cache, and what the next step needs of each, in tensors that stay where they are."""
 
     def __init__(
         self,
@@ -111,59 +116,91 @@ class _Batch:
         self.sampling, self.stop, self.max_new_tokens, self.seed = sampling, stop, max_new_tokens, seed
         self.device = cache.keys.device
         self.active: dict[int, Completion] = {}
+        self.tokens, self.positions, self.seeds, self.places = (
+            torch.zeros(cache.slots, dtype=torch.int64, device=self.device) for _ in range(4)
+        )
 
     def run(self, waiting: deque[Completion]) -> Iterator[Completion]:
         """Fill the slots, write a token in each, hand out what is finished, and so on."""
         while waiting or self.active:
             free = [slot for slot in range(self.cache.slots) if slot not in self.active]
             entering = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-            logits = self._read(entering) if entering else self._write()
-            self.active |= entering
-            yield from self._sample(logits, entering or self.active)
+            if entering:
+                self.active |= entering
+                drawn = self._enter(entering)
+                yield from self._take({slot: row for row, slot in enumerate(entering)}, drawn)
+            if self.active:
+                slots, reach = self._extent()
+                drawn = self._step(slots, reach)
+                yield from self._take({slot: slot for slot in self.active}, drawn)
+
+    def _enter(self, entering: dict[int, Completion]) -> Tensor:
+        """The first tokens of sequences, after their prompts."""
+        slots = torch.tensor(list(entering), device=self.device)
+        lengths = [len(self.prompts[each.prompt]) for each in entering.values()]
+        self.positions[slots] = torch.tensor(lengths, device=self.device) - 1
+        self.seeds[slots] = torch.tensor(
+            [self._stream(each) for each in entering.values()], device=self.device
+        )
+        self.places[slots] = 0
+        return self._draw(self._read(entering), slots)
 
     def _read(self, entering: dict[int, Completion]) -> Tensor:
-        """Logits after the prompts of sequences that enter; each prompt is read in the first of its slots."""
-        first: dict[tuple[int, ...], int] = {}
-        texts = {slot: tuple(self.prompts[each.prompt]) for slot, each in entering.items()}
-        for slot, text in texts.items():
-            first.setdefault(text, slot)
-        read = list(first)
-        longest = max(map(len, read))
-        ids = torch.tensor([[*each, *[0] * (longest - len(each))] for each in read], device=self.device)
+        """Logits after prompts, ``[entering, vocabulary]``; each is read in the first of its slots and copied on."""
+        same: dict[tuple[int, ...], list[int]] = {}
+        for slot, each in entering.items():
+            same.setdefault(tuple(self.prompts[each.prompt]), []).append(slot)
+        found: dict[int, Tensor] = {}
+        for part in _parts(list(same)):
+            logits = self._prefill(part, [same[text][0] for text in part])
+            for text, row in zip(part, logits, strict=True):
+                first, *others = same[text]
+                if others:
+                    self.cache.copy_(first, others, len(text))
+                found |= dict.fromkeys(same[text], row)
+        return torch.stack([found[slot] for slot in entering])
+
+    def _prefill(self, texts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*each, *[0] * (longest - len(each))] for each in texts], device=self.device)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
-        places = torch.tensor(list(first.values()), device=self.device)
-        hidden = self.decoder.hidden(ids, positions, self.cache, places, longest)
-        ends = torch.tensor([len(each) - 1 for each in read], device=self.device)
-        last = hidden[torch.arange(len(read), device=self.device), ends]
-        for text, slot in first.items():
-            others = [other for other, same in texts.items() if same == text and other != slot]
-            if others:
-                self.cache.copy_(slot, others, len(text))
-        row = {text: number for number, text in enumerate(first)}
-        rows = torch.tensor([row[text] for text in texts.values()], device=self.device)
-        return self.decoder.logits(last)[rows]
+        rows = torch.tensor(slots, device=self.device)
+        hidden = self.decoder.hidden(ids, positions, self.cache, rows, longest)
+        ends = torch.tensor([len(each) - 1 for each in texts], device=self.device)
+        return self.decoder.logits(hidden[torch.arange(len(texts), device=self.device), ends])
 
-    def _write(self) -> Tensor:
-        """Logits after the last tokens of all sequences."""
-        ids = torch.tensor([[each.ids[-1]] for each in self.active.values()], device=self.device)
-        lengths = [len(self.prompts[each.prompt]) + len(each.ids) for each in self.active.values()]
-        positions = torch.tensor(lengths, device=self.device)[:, None] - 1
-        slots = torch.tensor(list(self.active), device=self.device)
-        hidden = self.decoder.hidden(ids, positions, self.cache, slots, max(lengths))
-        return self.decoder.logits(hidden[:, 0])
+    def _extent(self) -> tuple[int, int]:
+        """Slots and tokens that a step looks at: few different numbers, so that shapes come again."""
+        used = max(self.active) + 1
+        slots = min(1 << (used - 1).bit_length(), self.cache.slots)
+        longest = max(len(self.prompts[each.prompt]) + len(each.ids) for each in self.active.values())
+        return slots, min(-(-longest // _REACH) * _REACH, self.cache.length)
 
-    def _sample(self, logits: Tensor, sequences: dict[int, Completion]) -> list[Completion]:
-        """A token for each sequence; those that are finished, whose slots are free from now on."""
-        self._refuse_nan(logits, sequences)
-        seeds = torch.tensor([self._stream(each) for each in sequences.values()], device=self.device)
-        places = torch.tensor([len(each.ids) for each in sequences.values()], device=self.device)
-        tokens, log_probs = choose(logits, self.sampling, seeds, places)
+    def _step(self, slots: int, reach: int) -> Tensor:
+        """The next token of the first slots, whether a sequence is in them or not."""
+        ids, positions = self.tokens[:slots, None], self.positions[:slots, None]
+        hidden = self.decoder.hidden(ids, positions, self.cache, None, reach)
+        return self._draw(self.decoder.logits(hidden[:, 0]), slice(slots))
+
+    def _draw(self, logits: Tensor, slots: Tensor | slice) -> Tensor:
+        """Sample and prepare the next step: float32 ``[3, slots]``, tokens, log-probabilities, 1 for sound logits."""
+        tokens, log_probs = choose(logits, self.sampling, self.seeds[slots], self.places[slots])
+        self.tokens[slots] = tokens
+        self.positions[slots] = (self.positions[slots] + 1).clamp(max=self.cache.length - 1)
+        self.places[slots] += 1
+        return torch.stack([tokens.float(), log_probs, logits.isfinite().all(dim=-1).float()])
+
+    def _take(self, rows: dict[int, int], drawn: Tensor) -> list[Completion]:
+        """Add what was drawn, by slot and row; the sequences that are finished, whose slots are free from now on."""
+        tokens, log_probs, sound = drawn.tolist()
         finished = []
-        drawn = zip(list(sequences.items()), tokens.tolist(), log_probs.tolist(), strict=True)
-        for (slot, each), token, log_prob in drawn:
-            each.ids.append(token)
-            each.log_probs.append(log_prob)
-            each.ended = token in self.stop
+        for slot, row in rows.items():
+            each = self.active[slot]
+            if not sound[row]:
+                raise _not_finite(each)
+            each.ids.append(int(tokens[row]))
+            each.log_probs.append(log_probs[row])
+            each.ended = each.ids[-1] in self.stop
             if each.ended or len(each.ids) == self.max_new_tokens:
                 finished.append(each)
                 del self.active[slot]
@@ -172,11 +209,20 @@ class _Batch:
     def _stream(self, each: Completion) -> int:
         return zlib.crc32(f"{self.seed}/{each.prompt}/{each.number}".encode())
 
-    def _refuse_nan(self, logits: Tensor, sequences: dict[int, Completion]) -> None:
-        good = logits.isfinite().all(dim=-1).tolist()
-        for sound, each in zip(good, sequences.values(), strict=True):
-            if not sound:
-                raise InputError(
-                    f"the logits of token {len(each.ids)} of completion {each.number} of prompt {each.prompt} are not "
-                    "finite, and nothing was sampled from them: the weights or the adapter are of no use"
-                )
+
+def _parts(texts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts that are read together, so that their tokens with padding stay below a bound."""
+    part: list[tuple[int, ...]] = []
+    for text in texts:
+        if part and max(map(len, [*part, text])) * (len(part) + 1) > _READ:
+            yield part
+            part = []
+        part.append(text)
+    yield part
+
+
+def _not_finite(each: Completion) -> InputError:
+    return InputError(
+        f"the logits of token {len(each.ids)} of completion {each.number} of prompt {each.prompt} are not finite, and "
+        "nothing was sampled from them: the weights or the adapter are of no use"
+    )

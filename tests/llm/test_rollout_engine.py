@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlquant.errors import InputError
+from rlquant.llm import engine
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.engine import rollout
 from rlquant.llm.model import LanguageModel
@@ -79,6 +80,39 @@ def test_greedy_tokens_are_those_of_generate(family: str, slots: int) -> None:
         )
         assert found[number].ids == expected[0, len(prompt) :].tolist()
         assert not found[number].ended
+
+
+def test_prompts_that_are_alike_or_many_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = model_of("qwen2"), prompts()
+    expected = {each.prompt: each.ids for each in rollout(model, given, max_new_tokens=6, sampling=GREEDY)}
+    monkeypatch.setattr(engine, "_READ", 30)
+    read: list[int] = []
+    monkeypatch.setattr(
+        engine._Batch,
+        "_prefill",
+        lambda self, texts, slots, of=engine._Batch._prefill: (
+            read.append(len(texts)) or of(self, texts, slots)
+        ),
+    )
+    made = {
+        each.prompt: each.ids for each in rollout(model, [*given, *given], max_new_tokens=6, sampling=GREEDY)
+    }
+    assert made == expected | {number + len(given): ids for number, ids in expected.items()}
+    assert sum(read) == len(given)
+    assert len(read) > 1
+
+
+def test_a_cache_of_just_the_length() -> None:
+    model, given = model_of("qwen2"), prompts()
+    length = max(map(len, given)) + 5
+    loose, tight = (
+        {
+            each.prompt: each.ids
+            for each in rollout(model, given, max_new_tokens=5, sampling=GREEDY, length=size)
+        }
+        for size in (length + 40, length)
+    )
+    assert loose == tight
 
 
 def test_stop_tokens_end_a_completion() -> None:
