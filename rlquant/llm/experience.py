@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlquant.llm.losses import gae, kl_estimate, masked_mean, penalised_rewards, whiten
+from rlquant.llm.losses import gae, kl_estimate, masked_mean, penalised_rewards, truncated_weights, whiten
 from rlquant.llm.ppo_settings import PPOSettings
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import Rollout
@@ -17,13 +17,14 @@ __all__ = ["Experience", "collect"]
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout, and float32 ``[batch, completion]`` of its tokens."""
+    """A rollout, and float32 ``[batch, completion]`` of its tokens; ``weights`` None where all are 1."""
 
     rollout: Rollout
     log_probs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None = None
 
 
 def collect(
@@ -48,6 +49,8 @@ def collect(
     Returns:
         The experience, and metrics: ``reward`` mean score, ``kl`` nats of a completion to the reference,
         ``kl_coefficient``, ``entropy`` nats a token, ``length`` tokens, ``ended`` share of completions with eos.
+        Where the rollout knows at what log-probabilities it was sampled, also the policy mismatch: ``mismatch``, the
+        largest difference to those that the update starts from, ``mismatch_mean``, and ``mismatch_kl``, nats a token.
     """
     counts, last = rollout.completed, rollout.length
     log_probs, reference, values, entropy = (
@@ -79,4 +82,19 @@ def collect(
         "length": float(counts.sum(dim=1).double().mean()),
         "ended": float(rollout.ended.double().mean()),
     }
-    return Experience(rollout, log_probs, values, advantages, returns), metrics
+    weights = None
+    if rollout.sampled is not None:
+        metrics |= _mismatch(log_probs, rollout.sampled, counts)
+        if settings.importance_cap is not None:
+            weights = truncated_weights(log_probs, rollout.sampled, counts, settings.importance_cap)
+    return Experience(rollout, log_probs, values, advantages, returns, weights), metrics
+
+
+def _mismatch(log_probs: Tensor, sampled: Tensor, counts: Tensor) -> dict[str, float]:
+    """How far the policy that sampled is from the one that is trained; the KL by estimator k3."""
+    gap = torch.where(counts, log_probs - sampled, 0.0)
+    return {
+        "mismatch": float(gap.abs().max()),
+        "mismatch_mean": float(masked_mean(gap.abs(), counts)),
+        "mismatch_kl": float(masked_mean(gap.exp() - 1 - gap, counts)),
+    }

@@ -34,6 +34,7 @@ __all__ = [
     "masked_mean",
     "penalised_rewards",
     "policy_loss",
+    "truncated_weights",
     "value_loss",
     "whiten",
 ]
@@ -125,9 +126,18 @@ class PolicyLoss:
 
 
 def policy_loss(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
+    log_probs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """``mean max(-A r, -A clip(r, 1 - clip, 1 + clip))``, ``r = exp(log_probs - old)``; all ``[batch, tokens]``."""
+    """``mean w max(-A r, -A clip(r, 1 - clip, 1 + clip))``, ``r = exp(log_probs - old)``; all ``[batch, tokens]``.
+
+    ``weights`` are 1 unless what sampled was not quite the policy, see :func:`truncated_weights`.
+    """
     log_ratio = torch.where(mask.bool(), log_probs - old, 0.0)
     ratio = log_ratio.exp()
     free, bounded = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -135,7 +145,16 @@ def policy_loss(
         clipped = masked_mean((bounded > free).to(ratio.dtype), mask)
         kl = masked_mean(ratio - 1 - log_ratio, mask)
         largest = log_ratio.abs().max()
-    return PolicyLoss(masked_mean(torch.maximum(free, bounded), mask), clipped, kl, largest)
+    each = torch.maximum(free, bounded)
+    return PolicyLoss(masked_mean(each if weights is None else each * weights, mask), clipped, kl, largest)
+
+
+def truncated_weights(log_probs: Tensor, sampled: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """``min(exp(log_probs - sampled), cap)``: importance weights of tokens sampled at other log-probabilities.
+
+    Truncated, they have a bounded variance for a small bias (Ionides 2008, "Truncated Importance Sampling").
+    """
+    return torch.where(mask.bool(), log_probs - sampled, 0.0).exp().clamp(max=cap)
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, *, clip: float = 0.2) -> Tensor:

@@ -11,6 +11,8 @@ code; [O] Ouyang et al. 2022; [N] Huang et al. 2023, "The N Implementation Detai
   no top-p, no repetition penalty [N].
 - Log-probabilities of the rollout are recomputed by the forward pass of training, over the same rows as the first epoch
   takes them, so ratios start at exactly 1; generation's own differ in the last bits.
+- Where generation tells its own, their difference is measured at every step, and tokens may be weighed by truncated
+  importance weights [Ionides 2008].
 - Dropout is off in the rollout and in the update [N].
 - The state after the last token is terminal, whether by eos or by the length; gamma 1 [Z]; a completion without eos
   may lose a fixed penalty [Z, N].
@@ -259,14 +261,17 @@ class PPO:
         numbers = self._row_numbers()
         prompts = [self.prompts[number] for number in numbers]
         completions = self.generate(prompts, seed=self._seed("sampling", self.step))
-        if len(completions) != len(prompts) or not all(completions):
+        if len(completions) != len(prompts) or not all(each.ids for each in completions):
             raise InputError(
                 "the engine gave no completion for some prompt: at least one token each is needed"
             )
         rows = [self.rows[number] for number in numbers]
-        texts = self.roles.lm.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        ids = [each.ids for each in completions]
+        texts = self.roles.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
         scores = scores_of(self.reward, [row["prompt"] for row in rows], texts, rows, numbers)
-        rollout = lay_out(prompts, completions, eos_ids(self.roles.lm), self.roles.lm.device)
+        known = all(len(each.log_probs) == len(each.ids) for each in completions)
+        sampled = [each.log_probs for each in completions] if known else None
+        rollout = lay_out(prompts, ids, eos_ids(self.roles.lm), self.roles.lm.device, sampled=sampled)
         return rollout, torch.tensor(scores, device=rollout.ids.device)
 
     def _order(self, epoch: int, count: int) -> Tensor:
@@ -321,7 +326,12 @@ class PPO:
         )
         log_probs = self.roles.policy(ids, mask, last=last, temperature=settings.temperature)
         policy = policy_loss(
-            log_probs, experience.log_probs[rows], experience.advantages[rows], counts, clip=settings.clip
+            log_probs,
+            experience.log_probs[rows],
+            experience.advantages[rows],
+            counts,
+            clip=settings.clip,
+            weights=None if experience.weights is None else experience.weights[rows],
         )
         torch.autograd.backward(self._scaler.scale(policy.loss * share))
         values = self.roles.values(ids, mask, last=last)

@@ -31,6 +31,9 @@ class PPOSettings(Section):
     rollouts: Literal["transformers", "rlquant"] = Field(
         "transformers", description="what samples: generate, or rlquant.llm.engine"
     )
+    importance_cap: float | None = Field(
+        None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling")
     kl_coefficient: float = Field(0.05, description="beta of the penalty, at first")
     kl_target: float | None = Field(

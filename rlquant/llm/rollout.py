@@ -18,7 +18,7 @@ from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
 from rlquant.llm.decoding import Decoder
-from rlquant.llm.engine import rollout
+from rlquant.llm.engine import Completion, rollout
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 from rlquant.llm.sampling import Sampling
@@ -44,11 +44,12 @@ Reward = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 class Generate(Protocol):
     """Completes prompts with the policy as it is now."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
-        """Token ids of a completion for each prompt, the end-of-sequence token included where it was sampled.
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
+        """A completion of each prompt in their order, the end-of-sequence token included where it was sampled.
 
         Sampled at the temperature of training from the whole distribution: what top-k, top-p or a repetition penalty
-        cut off would be missing from the log-probabilities. The same seed gives the same completions.
+        cut off would be missing from the log-probabilities. The same seed gives the same completions. Those that tell
+        the log-probabilities that they were sampled at let PPO see how far these are from its own.
         """
 
 
@@ -61,12 +62,15 @@ class Rollout:
         mask: bool of that shape, the tokens that are no padding.
         completed: bool ``[batch, completion]``, the tokens of the completions, their eos included.
         ended: bool ``[batch]``, whether a completion came to its eos.
+        sampled: float32 ``[batch, completion]``, log-probabilities of the tokens as they were sampled; None where
+            they are not known.
     """
 
     ids: Tensor
     mask: Tensor
     completed: Tensor
     ended: Tensor
+    sampled: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -95,16 +99,12 @@ class TransformersGenerate:
     def __init__(self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0) -> None:
         self.roles, self.max_new_tokens, self.temperature = roles, max_new_tokens, temperature
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """See :class:`Generate`."""
+        new, temperature = self.max_new_tokens, self.temperature
         with self.roles.acting("policy"):
-            return sample(
-                self.roles.lm,
-                prompts,
-                seed=seed,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-            )
+            made = sample(self.roles.lm, prompts, seed=seed, max_new_tokens=new, temperature=temperature)
+        return [Completion(number, 0, ids) for number, ids in enumerate(made)]
 
 
 class EngineGenerate:
@@ -127,11 +127,10 @@ class EngineGenerate:
         self.roles, self.max_new_tokens, self.slots = roles, max_new_tokens, slots
         self.sampling = Sampling(temperature)
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """See :class:`Generate`."""
-        made: list[list[int]] = [[] for _ in prompts]
         with self.roles.acting("policy"):
-            for each in rollout(
+            made = rollout(
                 self.roles.model,
                 prompts,
                 max_new_tokens=self.max_new_tokens,
@@ -139,9 +138,8 @@ class EngineGenerate:
                 sampling=self.sampling,
                 seed=seed,
                 slots=self.slots,
-            ):
-                made[each.prompt] = each.ids
-        return made
+            )
+            return sorted(made, key=lambda each: each.prompt)
 
 
 def rollouts_for_trl(
@@ -228,8 +226,13 @@ def lay_out(
     completions: Sequence[Sequence[int]],
     ends: set[int],
     device: Any = "cpu",
+    *,
+    sampled: Sequence[Sequence[float]] | None = None,
 ) -> Rollout:
-    """One batch of prompts and completions. Padding is token 0, and the mask alone tells it from text."""
+    """One batch of prompts and completions. Padding is token 0, and the mask alone tells it from text.
+
+    ``sampled`` are the log-probabilities of the completions' tokens, where they are known.
+    """
     before, after = max(map(len, prompts)), max(map(len, completions))
     ids = [
         [*[0] * (before - len(prompt)), *prompt, *completion, *[0] * (after - len(completion))]
@@ -240,7 +243,10 @@ def lay_out(
     last = torch.tensor([before + len(completion) for completion in completions], device=device)
     mask = (places >= first[:, None]) & (places < last[:, None])
     ended = torch.tensor([bool(each) and each[-1] in ends for each in completions], device=device)
-    return Rollout(torch.tensor(ids, device=device), mask, mask[:, before:], ended)
+    known = None
+    if sampled is not None:
+        known = torch.tensor([[*each, *[0.0] * (after - len(each))] for each in sampled], device=device)
+    return Rollout(torch.tensor(ids, device=device), mask, mask[:, before:], ended, known)
 
 
 def with_prompt_text(lm: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from rlquant.llm.losses import (
     masked_mean,
     penalised_rewards,
     policy_loss,
+    truncated_weights,
     value_loss,
     whiten,
 )
@@ -105,6 +106,12 @@ def test_policy_loss_is_equation_7(batch: tuple[np.random.Generator, Array], cli
     found = policy_loss(*tensors(np.where(mask, new, 1e4), old, advantages, mask), clip=clip)
     close(found.loss, -sum(surrogate) / len(surrogate))
     close(found.clipped, sum(clipped) / len(clipped))
+    sampled = old + rng.normal(0.0, 0.5, mask.shape)
+    weights = truncated_weights(*tensors(old, np.where(mask, sampled, 1e4), mask), 1.3)
+    places = list(zip(*np.nonzero(mask), strict=True))
+    literal = [min(math.exp(old[index] - sampled[index]), 1.3) for index in places]
+    weighted = policy_loss(*tensors(new, old, advantages, mask), clip=clip, weights=weights)
+    close(weighted.loss, -sum(w * s for w, s in zip(literal, surrogate, strict=True)) / len(places))
     close(found.largest, max(abs(d) for d in counted(new - old, mask)))
     inputs = tensors(new, grad=True)
     fixed = tensors(old, advantages, mask)

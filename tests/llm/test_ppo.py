@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from rlquant.errors import InputError
 from rlquant.llm.adapters import AdapterSettings, base_model
+from rlquant.llm.engine import Completion
 from rlquant.llm.experience import collect
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.ppo import PPO, PPOSettings
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.reward_model import ModelReward
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Rollout, TransformersGenerate, eos_ids, lay_out
+from rlquant.llm.rollout import EngineGenerate, Rollout, TransformersGenerate, eos_ids, lay_out
 
 ROWS = [{"prompt": f"{a} and {b} make ", "sum": a + b} for a in range(3, 13) for b in range(2, 9)]
 FAST = PPOSettings(
@@ -217,13 +218,14 @@ def test_micro_batches_change_no_gradient() -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_padding_may_be_the_end_of_sequence_which_is_learnt() -> None:
+@pytest.mark.parametrize("sampler", [TransformersGenerate, EngineGenerate])
+def test_padding_may_be_the_end_of_sequence_which_is_learnt(sampler: Any) -> None:
     roles = roles_of(quantized(eos="."))
     end = roles.lm.tokenizer.eos_token_id
     assert roles.lm.tokenizer.pad_token_id == end
     prompts = [roles.lm.tokens(row["prompt"]) for row in ROWS[:8]]
-    generate = TransformersGenerate(roles, max_new_tokens=6)
-    completions = generate(prompts, seed=0)
+    generate = sampler(roles, max_new_tokens=6)
+    completions = [each.ids for each in generate(prompts, seed=0)]
     assert any(each[-1] == end for each in completions)
     assert all(end not in each[:-1] for each in completions)
     rollout = lay_out(prompts, completions, eos_ids(roles.lm))
@@ -231,20 +233,21 @@ def test_padding_may_be_the_end_of_sequence_which_is_learnt() -> None:
         assert rollout.ids[row][rollout.mask[row]].tolist() == prompt + completion  # the eos counts
         assert int(rollout.completed[row].sum()) == len(completion)
         assert bool(rollout.ended[row]) == (completion[-1] == end)
-    assert generate(prompts, seed=0) == completions
-    assert generate(prompts, seed=1) != completions
+    assert [each.ids for each in generate(prompts, seed=0)] == completions
+    assert [each.ids for each in generate(prompts, seed=1)] != completions
 
 
-def test_completions_are_samples_of_the_policy_whatever_the_model_suggests() -> None:
+@pytest.mark.parametrize("sampler", [TransformersGenerate, EngineGenerate])
+def test_completions_are_samples_of_the_policy_whatever_the_model_suggests(sampler: Any) -> None:
     """Frequencies of the first token against its probabilities."""
     roles = roles_of()
     model = base_model(roles.model)
     model.generation_config.update(top_k=1, repetition_penalty=5.0, do_sample=True)
     prompt = roles.lm.tokens("3 and 4 make ")
-    drawn = TransformersGenerate(roles, max_new_tokens=1, temperature=1.5)([prompt] * 2000, seed=0)
+    drawn = sampler(roles, max_new_tokens=1, temperature=1.5)([prompt] * 2000, seed=0)
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1] / 1.5).softmax(-1)
-    found = torch.bincount(torch.tensor([each[0] for each in drawn]), minlength=len(expected)) / 2000
+    found = torch.bincount(torch.tensor([each.ids[0] for each in drawn]), minlength=len(expected)) / 2000
     assert float((found - expected).abs().sum()) / 2 < 0.08  # total variation
     assert float(expected.max()) < 0.8
     assert model.generation_config.top_k == 1
@@ -316,18 +319,46 @@ def test_another_engine_may_complete_the_prompts() -> None:
     calls: list[tuple[int, int]] = []
     (one,) = tiny.tokenizer()("1")["input_ids"]
 
-    def engine(prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
+    def engine(prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         calls.append((len(prompts), seed))
-        return [[one, 256]] * len(prompts)
+        return [Completion(number, 0, [one, 256]) for number in range(len(prompts))]
 
     found = metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=2), generate=engine))
     assert [each["reward"] for each in found] == [1.0, 1.0]
     assert found[0]["ended"] == 1.0
     assert [count for count, _ in calls] == [8, 8]
     assert calls[0][1] != calls[1][1]
-    silent = PPO(roles_of(), ROWS, ones, FAST, generate=lambda prompts, *, seed: [[]] * len(prompts))
+    silent = PPO(
+        roles_of(), ROWS, ones, FAST, generate=lambda prompts, *, seed: [Completion(0, 0)] * len(prompts)
+    )
     with pytest.raises(InputError, match="no completion"):
         silent.run()
+
+
+def test_the_mismatch_of_what_sampled_is_measured_and_weighed() -> None:
+    """The engine's is rounding. Another, always sure of what it says, is off by the policy's own numbers."""
+    found = metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=2, rollouts="rlquant")))
+    assert all(0 <= each["mismatch_mean"] <= each["mismatch"] < 1e-4 for each in found)
+    assert all(0 <= each["mismatch_kl"] < 1e-8 for each in found)
+    (one,) = tiny.tokenizer()("1")["input_ids"]
+
+    def sure(prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
+        return [Completion(number, 0, [one], [0.0]) for number in range(len(prompts))]
+
+    settings = but(FAST, steps=1, epochs=1, batch=4, minibatch=4, importance_cap=0.5)
+    ppo = PPO(roles_of(), ROWS, ones, settings, generate=sure)
+    rollout, scores = ppo._roll_out()
+    order = torch.arange(4)
+    with torch.no_grad():
+        experience, metrics = collect(ppo.roles, rollout, scores, order, settings, 0.0)
+    probability = ppo.roles.policy(rollout.ids, rollout.mask, last=1).exp()[:, 0].double()
+    assert metrics["mismatch"] == pytest.approx(float(-probability.log().min()), rel=1e-5)
+    assert metrics["mismatch_kl"] == pytest.approx(
+        float((probability - 1 - probability.log()).mean()), rel=1e-5
+    )
+    assert experience.weights is not None
+    assert experience.weights[:, 0].tolist() == pytest.approx(probability.clamp(max=0.5).tolist(), rel=1e-5)
+    assert "mismatch" not in metrics_of(PPO(roles_of(), ROWS, ones, but(FAST, steps=1)))[0]
 
 
 def test_gradients_that_are_no_numbers_end_the_run(tmp_path: Path) -> None:
