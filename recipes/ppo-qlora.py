@@ -23,11 +23,12 @@ from rlquant.llm.finish import compare_models, reward_scorer, write_samples
 from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.ppo import PPO, PPOSettings
+from rlquant.llm.ppo_run import run_ppo
 from rlquant.llm.reporting import Report, check_report
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import with_prompt_text
-from rlquant.llm.training import require_memory, run_ppo
+from rlquant.llm.training import require_memory
 from rlquant.runs import RunFolder
 
 KNOBS = {

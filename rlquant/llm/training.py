@@ -30,13 +30,12 @@ from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.loftq import init_loftq_
 from rlquant.llm.memory import Workload, plan_memory
 from rlquant.llm.model import LanguageModel
-from rlquant.llm.ppo import PPO
 from rlquant.llm.precision import Precision
-from rlquant.llm.progress import Progress, ShowProgress
-from rlquant.llm.reporting import Report, check_report, tracker
+from rlquant.llm.progress import ShowProgress
+from rlquant.llm.reporting import Report, check_report
 from rlquant.runs import RunFolder
 
-__all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "run_ppo", "trainer_arguments"]
+__all__ = ["ADAPTER", "TrainSettings", "adapted", "fit", "require_memory", "trainer_arguments"]
 
 ADAPTER = "default"
 """The name that PEFT gives to a trainer's only adapter."""
@@ -201,15 +200,15 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
     """
     check_learning_rate(trainer.model, ADAPTER, settings.lr)
     before = base_hash(base)
-    stop = _StopAtCtrlC()
-    trainer.add_callback(stop)
+    stop, clock = _StopAtCtrlC(), _Clock(run)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ShowProgress())
+    for callback in (stop, clock, ShowProgress()):
+        trainer.add_callback(callback)
     if not trainer.args.fp16:  # whose scaler leaves such steps out
         trainer.add_callback(_RefuseNaN())
     try:
         with stop.listening():
-            result = trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoints))
+            trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoints))
     except torch.OutOfMemoryError:
         raise InputError(_out_of_memory(settings, run.checkpoints)) from None
     except OSError as error:
@@ -220,64 +219,7 @@ def fit(trainer: Any, run: RunFolder, settings: TrainSettings, base: Any) -> dic
         raise RuntimeError("training changed the base, which must not happen")
     _go_on_alone(trainer)
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "base_sha256": before, "seconds": result.metrics.get("train_runtime")}
-
-
-def run_ppo(ppo: PPO, run: RunFolder, *, every: int, report: Report = "none") -> dict[str, Any]:
-    """Run PPO to its end, from its checkpoint where there is one.
-
-    Args:
-        ppo: the run.
-        run: where its checkpoint lies.
-        every: steps from checkpoint to checkpoint.
-        report: where the metrics of each step go, besides the results.
-
-    Returns:
-        ``losses`` (step and policy loss), ``metrics`` of each step, ``base_sha256`` and ``seconds``.
-
-    Raises:
-        InputError: as :meth:`~rlquant.llm.ppo.PPO.run`; memory ran out.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
-    """
-    stop, start = CtrlC(), time.monotonic()
-    checkpoint = run.checkpoints.with_suffix(".safetensors")
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    kept = run.piece("metrics") or {"steps": []}
-    metrics: list[dict[str, float]] = kept["steps"]
-    reports, bars = tracker(report, run.path), list[Progress]()
-
-    def note(step: int, found: dict[str, float]) -> None:
-        del metrics[step - 1 :]  # what came after the checkpoint comes again
-        metrics.append(found)
-        run.save_piece("metrics", {"steps": metrics})
-        if reports is not None:
-            reports.log(found, step=step)
-        if not bars:
-            bars.append(Progress(ppo.settings.steps, step - 1, began=start))
-        bars[0].advance()
-        generated = ppo.settings.batch * sum(each["length"] for each in metrics[bars[0].first :])
-        bars[0].show(found, generated)
-
-    try:
-        with stop.listening():
-            ppo.run(checkpoint=checkpoint, every=every, progress=note, stop=lambda: stop.asked)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            "the GPU's memory ran out: set ppo.microbatch=1, a smaller ppo.minibatch, or a smaller ppo.max_new_tokens"
-        ) from None
-    finally:
-        for bar in bars:
-            bar.close()
-        if reports is not None:
-            reports.finish()
-    if stop.asked and ppo.step < ppo.settings.steps:
-        raise KeyboardInterrupt
-    return {
-        "losses": [[number, each["policy_loss"]] for number, each in enumerate(metrics, 1)],
-        "metrics": metrics,
-        "base_sha256": ppo.roles.base_hash(),
-        "seconds": time.monotonic() - start,
-    }
+    return {"losses": losses, "base_sha256": before, "seconds": clock.seconds}
 
 
 def _go_on_alone(trainer: Any) -> None:
@@ -298,6 +240,23 @@ class _StopAtCtrlC(TrainerCallback, CtrlC):
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
+
+
+class _Clock(TrainerCallback):
+    """Seconds of training, those of earlier, interrupted runs included as far as their checkpoints."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._began = run, time.monotonic()
+        self._before: float = (run.piece("seconds") or {"seconds": 0.0})["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return self._before + time.monotonic() - self._began
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Of transformers' callbacks."""
+        self._run.save_piece("seconds", {"seconds": self.seconds})
 
 
 class _RefuseNaN(TrainerCallback):

@@ -411,12 +411,15 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, texts: Path, tm
     whole = start(tmp_path / "whole")
     broken = start(tmp_path / "broken")
     until = time.monotonic() + 300
-    while not list((tmp_path / "broken").glob("checkpoints/*/checkpoint-4/trainer_state.json")):
+    clock = tmp_path / "broken" / "pieces" / "seconds.json"
+    while not clock.exists():
         assert broken.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
+    spent = json.loads(clock.read_text())["content"]["seconds"]
+    assert list((tmp_path / "broken").glob("checkpoints/*/checkpoint-4/trainer_state.json"))
     assert not (tmp_path / "broken" / "results.json").exists()
     again = start(tmp_path / "broken")
     for process in (whole, again):
@@ -426,6 +429,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder: Path, texts: Path, tm
     assert other["training"]["losses"] == one["training"]["losses"]
     assert other["training"]["base_sha256"] == one["training"]["base_sha256"]
     assert other["rows"][0]["score"] == one["rows"][0]["score"]
+    assert other["training"]["seconds"] > spent > 0
 
 
 @pytest.mark.parametrize(
