@@ -3,9 +3,9 @@
     rlquant run merge run=runs/dpo-qlora merge.precisions='[nf4-dq, int4-g128]' merge.methods='[rtn, gptq, awq]'
     rlquant run merge run=runs/dpo-qlora save=true merge.precisions='[int4-g128]' merge.methods='[gptq]'
 
-The adapter is added to the original float weights, or with ``merge.onto=dequantized`` to those that it was trained on,
-and these are quantized anew with the run's own data as calibration: a small change would not survive being added to
-4-bit codes. ``save`` writes each as an artifact, for ``rlquant evaluate``, ``bench`` and ``export``.
+The adapter is added to the float values of the weights that it was trained on, or with ``merge.onto=original`` to the
+original ones, and these are quantized anew with the run's own data as calibration: a small change would not survive
+being added to 4-bit codes. ``save`` writes each as an artifact, for ``rlquant evaluate``, ``bench`` and ``export``.
 """
 
 import json

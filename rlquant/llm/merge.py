@@ -1,8 +1,9 @@
 """From an adapter to a model without one: added to the float weights, then quantized for deployment.
 
 A small change does not survive being added to 4-bit codes, and merging again and again drifts. So the adapter is added
-to float weights, the original ones or the dequantized ones that it was trained on, and these are quantized anew, with
-calibration on what the run learned from.
+to float weights, the dequantized ones that it was trained on or the original ones, and these are quantized anew, with
+calibration on what the run learned from. On the dequantized ones the float model is the tuned one; the original ones
+have no errors of the first quantization, but the adapter has learned to live with those.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class MergeSettings(Section):
     """What becomes of the adapter."""
 
     onto: Literal["original", "dequantized"] = Field(
-        "original", description="the float weights that it is added to"
+        "dequantized",
+        description="float weights that it is added to: those of the base that it saw, or the original",
     )
     precisions: tuple[str, ...] = Field(
         ("int4-g128",), description="of the merged model, each with every method"

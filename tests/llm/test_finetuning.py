@@ -221,7 +221,8 @@ def test_a_start_that_makes_up_for_quantization(
         )
         assert done.status == 2
         assert "take zero" in done.err
-    done = rlquant("run", "sft-qlora", f"model={folder}", f"data={texts}", "adapters.init=loftq")
+    loftq = ("adapters.init=loftq", "merge.onto=original")
+    done = rlquant("run", "sft-qlora", f"model={folder}", f"data={texts}", *loftq)
     assert done.status == 2
     assert "set merge.onto=dequantized" in done.err
 
