@@ -10,7 +10,7 @@ quantized model keeps of the gain (results.json, report.html), answers to compar
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 from pydantic import Field
@@ -27,6 +27,7 @@ from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import Reward, rollouts_for_trl, with_prompt_text
+from rlquant.llm.sampling import ROLLOUTS, Rollouts
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
@@ -50,9 +51,7 @@ class Config(Section):
     train: TrainSettings = TrainSettings(lr=1e-5, batch=8, accumulate=1)
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
-    rollouts: Literal["transformers", "rlquant"] = Field(
-        "transformers", description="what samples: generate, or rlquant.llm.engine"
-    )
+    rollouts: Rollouts = Field("transformers", description=ROLLOUTS)
     temperature: float = Field(1.0, gt=0, description="of sampling")
     beta: float = Field(0.04, ge=0, description="of the KL penalty to the base; TRL's own default is 0")
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
@@ -91,9 +90,14 @@ def main(config: Config, run: RunFolder) -> None:
         return loaded[0](prompts, completions, rows)
 
     roll_out = None
-    if config.rollouts == "rlquant":
-        new, seed = config.new_tokens, config.train.seed
-        roll_out = rollouts_for_trl(lm, max_new_tokens=new, temperature=config.temperature, seed=seed)
+    if config.rollouts != "transformers":
+        roll_out = rollouts_for_trl(
+            lm,
+            max_new_tokens=config.new_tokens,
+            temperature=config.temperature,
+            seed=config.train.seed,
+            dense=config.rollouts == "rlquant-dense",
+        )
     trainer = adapted(
         GRPOTrainer,
         lm,

@@ -19,7 +19,7 @@ from rlquant.errors import InputError
 from rlquant.llm.fused_nf4 import can_fuse, nf4_linear, nf4_lora
 from rlquant.quant import QuantLinear, device_of
 
-__all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "named_as_peft_does"]
+__all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "float_weight", "named_as_peft_does"]
 
 BASE_LAYERS: tuple[type[nn.Module], ...] = (QuantLinear, nn.Linear)
 """What takes adapters; bitsandbytes' ``Linear4bit`` and ``Linear8bitLt`` are ``nn.Linear`` too."""
@@ -29,10 +29,17 @@ class AdapterLinear(LoraLinear):
     """``y = base(x) + scaling * B(A(dropout(x)))`` for the active adapters; ``[..., in]`` -> ``[..., out]``.
 
     DoRA goes the way of PEFT, in the adapter's dtype. A packed base is never written to; a float one takes a merge.
+
+    Attributes:
+        dense: takes the place of base and adapters where it is set, see ``dense_policy.py``.
     """
+
+    dense: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's map of ``x``, in the dtype of the base layer's output."""
+        if self.dense is not None:
+            return F.linear(x.to(self.dense.dtype), self.dense, self.base_layer.bias).to(x.dtype)
         active = (
             [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         )
@@ -102,3 +109,17 @@ def adapter_layers(model: nn.Module) -> Iterable[tuple[str, AdapterLinear]]:
     for name, part in model.named_modules():
         if isinstance(part, AdapterLinear):
             yield name.removeprefix("base_model.model."), part
+
+
+def float_weight(layer: Any) -> Tensor:
+    """The float32 weight of a base layer, outliers and factors of its inputs included."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer).detach().to(torch.float32)
+    if isinstance(layer, QuantLinear):
+        if layer.outlier_index is not None:
+            assert layer.outlier_weight is not None
+            weight = weight.index_add(1, layer.outlier_index, layer.outlier_weight.to(weight.dtype))
+        if layer.input_scale is not None:
+            weight = weight * layer.input_scale
+    return weight

@@ -9,13 +9,11 @@ approximation of ``W`` (Frobenius norm) that an adapter of this rank can give. N
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlquant.errors import InputError
-from rlquant.quant import QuantLinear
 
 __all__ = ["init_loftq_", "leading_product"]
 
@@ -34,7 +32,7 @@ def init_loftq_(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> N
     Raises:
         InputError: a weight is missing or has other sizes.
     """
-    from rlquant.llm.adapter_layer import adapter_layers
+    from rlquant.llm.adapter_layer import adapter_layers, float_weight
 
     for key, layer in adapter_layers(model):
         if name not in layer.lora_A:
@@ -44,7 +42,7 @@ def init_loftq_(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> N
             raise InputError(
                 f"init loftq needs the float weight {key}.weight: it is missing or of other sizes"
             )
-        base = _dequantized(layer.get_base_layer())
+        base = float_weight(layer.get_base_layer())
         residual = weight.to(base.device, torch.float32) - base
         b, a = leading_product(residual, layer.r[name])
         layer.lora_B[name].weight.copy_(b / layer.scaling[name])
@@ -70,17 +68,3 @@ def leading_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     b, a = left / root.clamp_min(1e-12), (right * root).T
     short = rank - right.shape[1]
     return nn.functional.pad(b, (0, short)), nn.functional.pad(a, (0, 0, 0, short))
-
-
-def _dequantized(layer: Any) -> Tensor:
-    """The float32 weight of a base layer, outliers and factors of its inputs included."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(layer).detach().to(torch.float32)
-    if isinstance(layer, QuantLinear):
-        if layer.outlier_index is not None:
-            assert layer.outlier_weight is not None
-            weight = weight.index_add(1, layer.outlier_index, layer.outlier_weight.to(weight.dtype))
-        if layer.input_scale is not None:
-            weight = weight * layer.input_scale
-    return weight

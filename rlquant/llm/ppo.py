@@ -36,6 +36,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ from rlquant.llm.training_state import load_state, save_state
 __all__ = ["PPO", "PPOSettings"]
 
 _TRAINED = ("policy", "critic")
-_SAMPLERS = {"transformers": TransformersGenerate, "rlquant": EngineGenerate}
+_SAMPLERS: dict[str, Callable[..., Generate]] = {
+    "transformers": TransformersGenerate,
+    "rlquant": EngineGenerate,
+    "rlquant-dense": partial(EngineGenerate, dense=True),
+}
 _MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl", "gradient_norm")
 
 

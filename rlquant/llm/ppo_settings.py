@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from rlquant.config import Section
+from rlquant.llm.sampling import ROLLOUTS, Rollouts
 
 __all__ = ["PPOSettings"]
 
@@ -28,9 +29,7 @@ class PPOSettings(Section):
     critic_learning_rate: float = Field(5e-5, description="for the critic's adapter and its head")
     anneal: bool = Field(False, description="let both fall linearly to zero over the steps")
     max_new_tokens: int = Field(64, ge=1, description="of a completion")
-    rollouts: Literal["transformers", "rlquant"] = Field(
-        "transformers", description="what samples: generate, or rlquant.llm.engine"
-    )
+    rollouts: Rollouts = Field("transformers", description=ROLLOUTS)
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
     )

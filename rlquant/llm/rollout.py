@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
 from rlquant.llm.decoding import Decoder
+from rlquant.llm.dense_policy import dense_policy
 from rlquant.llm.engine import Completion, rollout
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
@@ -115,21 +117,28 @@ class EngineGenerate:
         max_new_tokens: of a completion.
         temperature: of the sampling; greater than 0.
         slots: sequences at a time.
+        dense: sample by :func:`~rlquant.llm.dense_policy.dense_policy`.
 
     Raises:
         InputError: as :class:`~rlquant.llm.decoding.Decoder`.
     """
 
     def __init__(
-        self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, slots: int = 64
+        self,
+        roles: Roles,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        slots: int = 64,
+        dense: bool = False,
     ) -> None:
         Decoder(roles.model)
-        self.roles, self.max_new_tokens, self.slots = roles, max_new_tokens, slots
+        self.roles, self.max_new_tokens, self.slots, self.dense = roles, max_new_tokens, slots, dense
         self.sampling = Sampling(temperature)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """See :class:`Generate`."""
-        with self.roles.acting("policy"):
+        with self.roles.acting("policy"), dense_policy(self.roles.model) if self.dense else nullcontext():
             made = rollout(
                 self.roles.model,
                 prompts,
@@ -143,7 +152,13 @@ class EngineGenerate:
 
 
 def rollouts_for_trl(
-    lm: LanguageModel, *, max_new_tokens: int, temperature: float, seed: int, slots: int = 64
+    lm: LanguageModel,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    slots: int = 64,
+    dense: bool = False,
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :func:`~rlquant.llm.engine.rollout`.
 
@@ -159,8 +174,8 @@ def rollouts_for_trl(
         was_training = model.training
         model.eval()
         try:
-            made = list(
-                rollout(
+            with dense_policy(model) if dense else nullcontext():
+                found = rollout(
                     model,
                     ids,
                     max_new_tokens=max_new_tokens,
@@ -169,10 +184,9 @@ def rollouts_for_trl(
                     seed=turn,
                     slots=slots,
                 )
-            )
+                made = sorted(found, key=lambda each: each.prompt)
         finally:
             model.train(was_training)
-        made.sort(key=lambda each: each.prompt)
         return {
             "prompt_ids": ids,
             "completion_ids": [each.ids for each in made],

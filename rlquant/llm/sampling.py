@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlquant.errors import InputError
 
-__all__ = ["Sampling", "choose", "uniform"]
+__all__ = ["ROLLOUTS", "Rollouts", "Sampling", "choose", "uniform"]
+
+Rollouts = Literal["transformers", "rlquant", "rlquant-dense"]
+ROLLOUTS = "what samples: transformers' generate, rlquant.llm.engine, or that with base and adapter added up"
 
 
 @dataclass(frozen=True)

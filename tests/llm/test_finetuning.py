@@ -330,7 +330,12 @@ def test_ppo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, 
 
 @pytest.mark.slow
 def test_grpo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path) -> None:
-    for seed, rollouts in ((0, "transformers"), (1, "transformers"), (2, "transformers"), (1, "rlquant")):
+    for seed, rollouts in (
+        (0, "transformers"),
+        (1, "transformers"),
+        (2, "transformers"),
+        (1, "rlquant-dense"),
+    ):
         settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "train.steps=15", "train.lr=3e-3",
                     "train.batch=16", f"train.seed={seed}", "answers=8", "new_tokens=5", "adapters.rank=8",
                     "samples=2", "beta=0.01", "merge=null", "data.max_prompt=32",

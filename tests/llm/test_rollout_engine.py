@@ -21,11 +21,14 @@ from transformers import (
 
 from rlquant.errors import InputError
 from rlquant.llm import engine
+from rlquant.llm.adapter_layer import adapter_layers
 from rlquant.llm.adapters import AdapterSettings
-from rlquant.llm.engine import rollout
+from rlquant.llm.dense_policy import dense_policy
+from rlquant.llm.engine import Completion, rollout
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.roles import Roles
+from rlquant.llm.rollout import EngineGenerate
 from rlquant.llm.sampling import Sampling, choose, uniform
 
 TEXTS = ("3 and 4 make ", "1", "15 and 27 make 42. 8 and ", "2 and")
@@ -133,6 +136,35 @@ def test_log_probabilities_are_those_of_training() -> None:
         ids = torch.tensor([[*prompts()[each.prompt], *each.ids]])
         expected = roles.policy(ids, torch.ones_like(ids, dtype=torch.bool), last=9, temperature=0.7)
         np.testing.assert_allclose(each.log_probs, expected[0].tolist(), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_weights_sample_as_base_and_adapter() -> None:
+    """And leave the layers as they were, whatever happens in between."""
+    roles = trained_roles()
+    before = roles.base_hash()
+
+    def completed(dense: bool) -> list[Completion]:
+        return EngineGenerate(roles, max_new_tokens=9, temperature=0.7, dense=dense)(prompts(), seed=3)
+
+    packed, dense = completed(False), completed(True)
+    assert [each.ids for each in packed] == [each.ids for each in dense]
+    for one, other in zip(packed, dense, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-3, atol=1e-3)
+    for each in roles.parameters("policy").values():
+        each.data.mul_(1.5)
+    assert [each.log_probs for each in completed(True)] != [each.log_probs for each in dense]  # built anew
+    with pytest.raises(ZeroDivisionError), dense_policy(roles.model):
+        1 / 0  # noqa: B018
+    assert all(layer.dense is None for _, layer in adapter_layers(roles.model))
+    assert roles.base_hash() == before
+
+
+def test_doras_sums_have_other_norms() -> None:
+    roles = Roles(LanguageModel(copy.deepcopy(tiny.model()), tiny.tokenizer(), "tiny", "fp32"))
+    roles.add("policy", AdapterSettings(rank=2, dora=True))
+    with pytest.raises(InputError, match="a DoRA adapter cannot be sampled from"), dense_policy(roles.model):
+        pass
+    assert all(layer.dense is None for _, layer in adapter_layers(roles.model))
 
 
 def test_completions_do_not_depend_on_what_is_beside_them() -> None:

@@ -1,0 +1,54 @@
+"""The policy as dense weights for as long as it samples: base and adapter added up, rebuilt after each update.
+
+A step then reads more memory and does far less: one product a layer, where packed weights are unpacked first and the
+adapter is two products more. What it samples is off by the rounding of the sum, which the mismatch of PPO shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlquant.errors import InputError
+from rlquant.llm.adapter_layer import AdapterLinear, adapter_layers, float_weight
+from rlquant.llm.adapters import base_model
+
+__all__ = ["dense_policy"]
+
+
+@contextmanager
+def dense_policy(model: Any) -> Iterator[None]:
+    """Let layers with adapters multiply with the sum of base and acting adapter, in the dtype of the model's norms.
+
+    The sums are freed afterwards; the base is only read.
+
+    Raises:
+        InputError: an adapter is DoRA's, whose sum has other norms.
+    """
+    dtype = next(base_model(model).model.norm.parameters()).dtype
+    layers = [layer for _, layer in adapter_layers(model)]
+    try:
+        for layer in layers:
+            layer.dense = _summed(layer).to(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None
+
+
+@torch.no_grad()
+def _summed(layer: AdapterLinear) -> Tensor:
+    """float32 ``[out, in]``."""
+    weight = float_weight(layer.get_base_layer()).clone()
+    active = (
+        [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    )
+    for name in active:
+        if name in layer.lora_variant:
+            raise InputError("a DoRA adapter cannot be sampled from as dense weights: set rollouts=rlquant")
+        weight.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+    return weight
