@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.model import decoder_of
+from rlquant.quant import device_of
 
 __all__ = ["Decoder", "StaticCache"]
 
@@ -66,20 +67,17 @@ class Decoder:
                 f"{', '.join(_FAMILIES)} have them, and transformers' generate serves all"
             )
         self._decoder = decoder_of(self.model)
-        if any(getattr(layer.self_attn, "sliding_window", None) for layer in self._decoder.layers):
+        if getattr(config, "sliding_window", None) is not None:
             raise InputError(
                 f"there are no rollouts for a {config.model_type} with a sliding window: use generate"
             )
-        self.heads: int = config.num_attention_heads
-        self.kv_heads: int = config.num_key_value_heads
 
     def cache(self, slots: int, length: int) -> StaticCache:
         """An empty cache in the dtype of the hidden states."""
-        attention = self._decoder.layers[0].self_attn
-        embedding = self._decoder.embed_tokens.weight
-        shape = (len(self._decoder.layers), slots, self.kv_heads, length, attention.head_dim)
-        keys, values = (torch.zeros(shape, dtype=self._dtype(), device=embedding.device) for _ in range(2))
-        return StaticCache(keys, values)
+        layers, heads = self._decoder.layers, self.model.config.num_key_value_heads
+        shape = (len(layers), slots, heads, length, layers[0].self_attn.head_dim)
+        keys = torch.zeros(shape, dtype=self._dtype(), device=device_of(self.model))
+        return StaticCache(keys, torch.zeros_like(keys))
 
     @torch.no_grad()
     def hidden(

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MinPLogitsWarper,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     TopKLogitsWarper,
@@ -46,6 +48,7 @@ def model_of(family: str) -> Any:
     torch.manual_seed(5)
     made = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=None)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
     }
     return made[family]().eval()
@@ -69,7 +72,7 @@ def trained_roles() -> Roles:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
 def test_greedy_tokens_are_those_of_generate(family: str, slots: int) -> None:
     model = model_of(family)
     found = {
@@ -83,6 +86,15 @@ def test_greedy_tokens_are_those_of_generate(family: str, slots: int) -> None:
         )
         assert found[number].ids == expected[0, len(prompt) :].tolist()
         assert not found[number].ended
+
+
+def test_a_packed_embedding_and_head() -> None:
+    lm = LanguageModel(copy.deepcopy(tiny.model()), tiny.tokenizer(), "tiny", "fp32")
+    model = quantize_model_(lm, Plan.parse("nf4+embedding=int8")).model.eval()
+    for each in rollout(model, prompts(), max_new_tokens=9, sampling=GREEDY):
+        ids = torch.tensor([prompts()[each.prompt]])
+        expected = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert each.ids == expected[0, ids.shape[1] :].tolist()
 
 
 def test_prompts_that_are_alike_or_many_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +261,9 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"top_p is 0\.0: it must be above 0"):
         Sampling(top_p=0.0)
     assert list(rollout(model, [], max_new_tokens=3)) == []
+    model.config.sliding_window = 8
+    with pytest.raises(InputError, match="no rollouts for a qwen2 with a sliding window"):
+        rollout(model, given, max_new_tokens=10)
     model.config.model_type = "gpt2"
     with pytest.raises(InputError, match="no rollouts for the architecture 'gpt2': llama"):
         rollout(model, given, max_new_tokens=10)
