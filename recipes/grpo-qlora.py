@@ -67,9 +67,7 @@ class Config(Section):
 def main(config: Config, run: RunFolder) -> None:
     """Learn, compare, merge."""
     require_data(config.data)
-    require_memory(
-        config.model, config.workload, ("train.batch=", "data.max_prompt and new_tokens of together ")
-    )
+    require_memory(config.model, config.workload, KNOBS)
     base = load_backbone(config.model)
     lm = base.lm
     data = read_examples(config.data, "prompts", token_counter(lm))
