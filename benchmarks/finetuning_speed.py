@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arithmetic import sums
 from gsm8k import pairs, write_jsonl
 from memory import QUANTIZATION, make_model
 from peft import LoraConfig
@@ -206,10 +207,7 @@ def prepare(folder: Path, gsm8k: Path) -> None:
         row for row in found if max(len(row["prompt"] + row[key]) for key in ("chosen", "rejected")) < 500
     ]
     write_jsonl(folder / "pairs.jsonl", fitting)
-    write_jsonl(
-        folder / "prompts.jsonl",
-        [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(1, 15) for b in range(1, 15)],
-    )
+    write_jsonl(folder / "prompts.jsonl", sums(14))
     cut = [
         {key: (text * 9)[: 511 if key == "prompt" else 512] for key, text in row.items()}
         for row in found[:400]

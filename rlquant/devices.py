@@ -1,12 +1,20 @@
-"""Which devices there are."""
+"""Which devices there are, and what compiles for them."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from functools import cache
 
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["device_named"]
+__all__ = ["device_named", "has_triton"]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, which comes with torch for CUDA on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def device_named(name: str, *, also: tuple[str, ...] = ()) -> str:

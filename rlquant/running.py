@@ -100,9 +100,7 @@ def run_recipe(name: str, settings: str | None, overrides: Sequence[str], out: P
         "config": config.model_dump(mode="json"),
         "versions": package_versions(),
     }
-    rank, processes = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and not getattr(module, "SEVERAL_PROCESSES", False):
         raise InputError(
             f"{recipe.script.stem} runs in one process, not in {processes}: start it without accelerate or torchrun"

@@ -36,13 +36,16 @@ class AdapterLinear(LoraLinear):
 
     dense: Tensor | None = None
 
+    @property
+    def acting(self) -> list[str]:
+        """Names of the adapters that the layer adds."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's map of ``x``, in the dtype of the base layer's output."""
         if self.dense is not None:
             return F.linear(x.to(self.dense.dtype), self.dense, self.base_layer.bias).to(x.dtype)
-        active = (
-            [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        )
+        active = self.acting
         if kwargs or any(name in self.lora_variant for name in active):
             mapped: Tensor = super().forward(x, *args, **kwargs)
             return mapped

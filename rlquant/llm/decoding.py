@@ -99,11 +99,13 @@ class Decoder:
         hidden = decoder.embed_tokens(ids).to(self._dtype())
         turn = decoder.rotary_emb(hidden, position_ids=positions)
         visible = torch.arange(reach, device=ids.device) <= positions[..., None]  # [batch, tokens, reach]
+        batch = len(ids)
+        rows = torch.arange(batch, device=ids.device) if slots is None else slots
+        places = (rows[:, None], slice(None), positions)  # where new keys and values go
+        seen = (slice(batch) if slots is None else slots, slice(None), slice(reach))
         for number, block in enumerate(decoder.layers):
             kept = (cache.keys[number], cache.values[number])
-            mixed = self._attend(
-                block.self_attn, block.input_layernorm(hidden), positions, turn, visible, kept, slots
-            )
+            mixed = _attend(block.self_attn, block.input_layernorm(hidden), turn, visible, kept, places, seen)
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
         normed: Tensor = decoder.norm(hidden)
@@ -115,40 +117,39 @@ class Decoder:
         found: Tensor = self.model.get_output_embeddings()(hidden)
         return found.float()
 
-    def _attend(
-        self,
-        part: Any,
-        hidden: Tensor,
-        positions: Tensor,
-        turn: tuple[Tensor, Tensor],
-        visible: Tensor,
-        kept: tuple[Tensor, Tensor],
-        slots: Tensor | None,
-    ) -> Tensor:
-        """Grouped-query attention of one block (Ainslie et al. 2023, arXiv:2305.13245)."""
-        batch, tokens, _ = hidden.shape
-        split = (batch, tokens, -1, part.head_dim)
-        query, key, value = (
-            project(hidden).view(split) for project in (part.q_proj, part.k_proj, part.v_proj)
-        )
-        if hasattr(part, "q_norm"):
-            query, key = part.q_norm(query), part.k_norm(key)
-        query, key = (_turned(each, *turn) for each in (query, key))
-        rows = torch.arange(batch, device=positions.device) if slots is None else slots
-        for cached, new in zip(kept, (key, value), strict=True):
-            cached[rows[:, None], :, positions] = new
-        reach = visible.shape[-1]
-        keys, values = (each[:batch, :, :reach] if slots is None else each[slots, :, :reach] for each in kept)
-        if tokens == 1:
-            mixed = _one_token(query[:, 0], keys, values, visible[:, 0], part.scaling)
-        else:
-            mixed = _many_tokens(query, keys, values, visible, part.scaling)
-        projected: Tensor = part.o_proj(mixed.reshape(batch, tokens, -1))
-        return projected
-
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._decoder.norm.weight.dtype
         return dtype
+
+
+def _attend(
+    part: Any,
+    hidden: Tensor,
+    turn: tuple[Tensor, Tensor],
+    visible: Tensor,
+    kept: tuple[Tensor, Tensor],
+    places: tuple[Any, ...],
+    seen: tuple[Any, ...],
+) -> Tensor:
+    """Grouped-query attention of one block (Ainslie et al. 2023, arXiv:2305.13245).
+
+    ``kept`` are its cached keys and values; ``places`` index the new ones' there, ``seen`` those that are read.
+    """
+    batch, tokens, _ = hidden.shape
+    split = (batch, tokens, -1, part.head_dim)
+    query, key, value = (project(hidden).view(split) for project in (part.q_proj, part.k_proj, part.v_proj))
+    if hasattr(part, "q_norm"):
+        query, key = part.q_norm(query), part.k_norm(key)
+    query, key = (_turned(each, *turn) for each in (query, key))
+    for cached, new in zip(kept, (key, value), strict=True):
+        cached[places] = new
+    keys, values = (cached[seen] for cached in kept)
+    if tokens == 1:
+        mixed = _one_token(query[:, 0], keys, values, visible[:, 0], part.scaling)
+    else:
+        mixed = _many_tokens(query, keys, values, visible, part.scaling)
+    projected: Tensor = part.o_proj(mixed.reshape(batch, tokens, -1))
+    return projected
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

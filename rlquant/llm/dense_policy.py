@@ -44,10 +44,7 @@ def dense_policy(model: Any) -> Iterator[None]:
 def _summed(layer: AdapterLinear) -> Tensor:
     """float32 ``[out, in]``."""
     weight = float_weight(layer.get_base_layer()).clone()
-    active = (
-        [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    )
-    for name in active:
+    for name in layer.acting:
         if name in layer.lora_variant:
             raise InputError("a DoRA adapter cannot be sampled from as dense weights: set rollouts=rlquant")
         weight.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])

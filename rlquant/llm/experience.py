@@ -96,5 +96,5 @@ def _mismatch(log_probs: Tensor, sampled: Tensor, counts: Tensor) -> dict[str, f
     return {
         "mismatch": float(gap.abs().max()),
         "mismatch_mean": float(masked_mean(gap.abs(), counts)),
-        "mismatch_kl": float(masked_mean(gap.exp() - 1 - gap, counts)),
+        "mismatch_kl": float(masked_mean(kl_estimate(sampled, log_probs, "k3"), counts)),
     }

@@ -237,15 +237,20 @@ def _read(lm: LanguageModel, row: Row) -> tuple[list[int], list[int]]:
     if "prompt" not in row:
         tokens = lm.tokens(row["text"])
         return tokens[:1], tokens[1:]
-    return answer_tokens(lm, row["prompt"], row["chosen"] if "chosen" in row else row["completion"])
+    return answer_tokens(lm, row["prompt"], _answer(row))
 
 
 def _windows(lm: LanguageModel, rows: Sequence[Row], merge: MergeSettings, new_tokens: int) -> Tensor:
     """Calibration tokens of the run's own data, int64 ``[windows, length]``."""
-    asked = [row for row in rows if "prompt" in row and not _answer(row)]
-    texts = [
-        lm.tokens(as_text(_shown(row), lm.tokenizer)) for row in rows if _answer(row) or "prompt" not in row
-    ]
+    asked, shown = [], []
+    for row in rows:
+        if "prompt" not in row:
+            shown.append(row["text"])
+        elif _answer(row) is None:
+            asked.append(row)
+        else:
+            shown.append(row["prompt"] + _answer(row))
+    texts = [lm.tokens(as_text(each, lm.tokenizer)) for each in shown]
     wanted = merge.windows * merge.length
     seed = 0
     while asked and sum(map(len, texts)) < wanted:
@@ -258,9 +263,5 @@ def _windows(lm: LanguageModel, rows: Sequence[Row], merge: MergeSettings, new_t
 
 
 def _answer(row: Row) -> Any:
+    """The (chosen) answer to a prompt; None where the data has none."""
     return row.get("chosen", row.get("completion"))
-
-
-def _shown(row: Row) -> Any:
-    """What a row shows a model: a text, or a prompt with its (chosen) answer."""
-    return row["text"] if "prompt" not in row else row["prompt"] + _answer(row)

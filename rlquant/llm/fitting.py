@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from rlquant.errors import InputError
 from rlquant.llm.architecture import Architecture
@@ -35,22 +35,21 @@ def largest(
     low, high = 0, model.longest if knob == "seq" else _MOST
     while low < high:
         middle = (low + high + 1) // 2
-        changed = (
-            _of_length(workload, middle)
-            if knob == "seq"
-            else replace(workload, **dict[str, Any]({knob: middle}))
-        )
-        fitting = fits(plan_memory(model, precision, changed, card), card)
+        fitting = fits(plan_memory(model, precision, _of_size(workload, knob, middle), card), card)
         low, high = (middle, high) if fitting else (low, middle - 1)
     return low
 
 
-def _of_length(workload: Workload, seq: int) -> Workload:
-    """The same with sequences of another length; the completion keeps its share of them."""
+def _of_size(workload: Workload, knob: Knob, size: int) -> Workload:
+    """The same in another size; of another length, the completion keeps its share."""
+    if knob == "batch":
+        return replace(workload, batch=size)
+    if knob == "rollout":
+        return replace(workload, rollout=size)
     completion = workload.completion
     if completion is not None:
-        completion = max(completion * seq // workload.seq, 1)
-    return replace(workload, seq=seq, completion=completion)
+        completion = max(completion * size // workload.seq, 1)
+    return replace(workload, seq=size, completion=completion)
 
 
 def require_fit(plan: MemoryPlan, card: Card, knobs: Mapping[Knob, str] = _OPTIONS) -> None:

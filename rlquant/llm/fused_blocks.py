@@ -6,13 +6,14 @@ in PyTorch is seven of them forward and more backward.
 
 from __future__ import annotations
 
-import importlib.util
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rlquant.devices import has_triton
 
 __all__ = ["fuse_blocks_"]
 
@@ -32,7 +33,7 @@ def fuse_blocks_(model: nn.Module) -> int:
         kind = type(part).__name__
         if kind in _NORMS:
             part.forward = MethodType(_rms_norm, part)
-        elif kind in _GATED and type(part.act_fn).__name__ in ("SiLU", "SiLUActivation") and _has_triton():
+        elif kind in _GATED and type(part.act_fn).__name__ in ("SiLU", "SiLUActivation") and has_triton():
             part.forward = MethodType(_gated, part)
         else:
             continue
@@ -51,7 +52,3 @@ def _gated(self: Any, x: Tensor) -> Tensor:
 
     y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
     return y
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlquant.devices import has_triton
+
 __all__ = ["can_fuse", "nf4_linear", "nf4_lora"]
 
 
@@ -20,7 +22,7 @@ def can_fuse(layer: nn.Module) -> bool:
     state = getattr(weight, "quant_state", None)
     if state is None or not weight.is_cuda:
         return False
-    return bool(state.quant_type == "nf4" and state.blocksize == 64) and _has_triton()
+    return bool(state.quant_type == "nf4" and state.blocksize == 64) and has_triton()
 
 
 def nf4_linear(x: Tensor, layer: Any) -> Tensor:
@@ -75,9 +77,3 @@ def _weight(layer: Any) -> Tensor:
     from rlquant.llm.nf4_cuda import dequantize_nf4
 
     return dequantize_nf4(layer.weight, layer.weight.quant_state)
-
-
-def _has_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None

@@ -293,9 +293,8 @@ class PPO:
                 steps.append(self._optimize(experience, rows, lengths))
         means = torch.stack([found[:-1] for found in steps]).mean(dim=0).tolist()
         metrics = dict(zip(_MEANS, means, strict=True)) | {"first_ratio": float(steps[0][-1])}
-        if (
-            not math.isfinite(metrics["gradient_norm"]) and not self._scaler.is_enabled()
-        ):  # which leaves such steps out
+        left_out = self._scaler.is_enabled()  # such steps are, by the scaler
+        if not math.isfinite(metrics["gradient_norm"]) and not left_out:
             raise not_finite(self.step + 1)
         return metrics
 

@@ -116,7 +116,6 @@ class EngineGenerate:
         roles: whose policy completes.
         max_new_tokens: of a completion.
         temperature: of the sampling; greater than 0.
-        slots: sequences at a time.
         dense: sample by :func:`~rlquant.llm.dense_policy.dense_policy`.
 
     Raises:
@@ -124,41 +123,28 @@ class EngineGenerate:
     """
 
     def __init__(
-        self,
-        roles: Roles,
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        slots: int = 64,
-        dense: bool = False,
+        self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, dense: bool = False
     ) -> None:
         Decoder(roles.model)
-        self.roles, self.max_new_tokens, self.slots, self.dense = roles, max_new_tokens, slots, dense
+        self.roles, self.max_new_tokens, self.dense = roles, max_new_tokens, dense
         self.sampling = Sampling(temperature)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """See :class:`Generate`."""
-        with self.roles.acting("policy"), dense_policy(self.roles.model) if self.dense else nullcontext():
-            made = rollout(
+        with self.roles.acting("policy"):
+            return _completed(
+                self.roles.lm,
                 self.roles.model,
                 prompts,
                 max_new_tokens=self.max_new_tokens,
-                stop=eos_ids(self.roles.lm),
                 sampling=self.sampling,
                 seed=seed,
-                slots=self.slots,
+                dense=self.dense,
             )
-            return sorted(made, key=lambda each: each.prompt)
 
 
 def rollouts_for_trl(
-    lm: LanguageModel,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    slots: int = 64,
-    dense: bool = False,
+    lm: LanguageModel, *, max_new_tokens: int, temperature: float, seed: int, dense: bool = False
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :func:`~rlquant.llm.engine.rollout`.
 
@@ -174,17 +160,9 @@ def rollouts_for_trl(
         was_training = model.training
         model.eval()
         try:
-            with dense_policy(model) if dense else nullcontext():
-                found = rollout(
-                    model,
-                    ids,
-                    max_new_tokens=max_new_tokens,
-                    stop=eos_ids(lm),
-                    sampling=sampling,
-                    seed=turn,
-                    slots=slots,
-                )
-                made = sorted(found, key=lambda each: each.prompt)
+            made = _completed(
+                lm, model, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn, dense=dense
+            )
         finally:
             model.train(was_training)
         return {
@@ -194,6 +172,24 @@ def rollouts_for_trl(
         }
 
     return roll_out
+
+
+def _completed(
+    lm: LanguageModel,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    dense: bool,
+) -> list[Completion]:
+    """A completion of each prompt, in their order, by the engine."""
+    with dense_policy(model) if dense else nullcontext():
+        made = rollout(
+            model, prompts, max_new_tokens=max_new_tokens, stop=eos_ids(lm), sampling=sampling, seed=seed
+        )
+        return sorted(made, key=lambda each: each.prompt)
 
 
 @torch.no_grad()

@@ -64,14 +64,13 @@ class TrainSettings(Section):
 
     def workload(self, task: str, *, seq: int, rank: int, completion: int | None = None) -> Workload:
         """What the planner is told of it, see :class:`~rlquant.llm.memory.Workload`."""
+        step = self.batch * self.accumulate  # TRL generates for a whole step at once
         return Workload(
             task=task,
             batch=self.batch,
             seq=seq,
             completion=completion,
-            rollout=self.batch * self.accumulate
-            if completion
-            else None,  # TRL generates for a whole step at once
+            rollout=step if completion else None,
             rank=rank,
             optimizer="adamw" if self.optimizer == "adamw" else "adamw8bit",
             checkpointing=self.checkpointing,
@@ -113,7 +112,7 @@ def trainer_arguments(settings: TrainSettings, base: BaseSettings, run: RunFolde
         "disable_tqdm": True,  # fit() shows how far it is
         "pad_to_multiple_of": 64
         if device.type == "cuda"
-        else None,  # few shapes: kernels are chosen and laid out once
+        else None,  # few shapes, so that kernels are chosen once
         "seed": settings.seed,
         "data_seed": settings.seed,
     }
@@ -262,9 +261,13 @@ class _Clock(TrainerCallback):
 class _RefuseNaN(TrainerCallback):
     """Ends a run whose gradients are no numbers, before the optimizer spreads them to every weight."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Of transformers' callbacks."""
-        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Of transformers' callbacks, as is the other."""
+        self._trained = [each for each in model.parameters() if each.requires_grad]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the gradients."""
+        gradients = [each.grad for each in self._trained if each.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
             raise not_finite(state.global_step + 1)
 

@@ -14,15 +14,14 @@ Source: Frantar et al. 2022, arXiv:2210.17323, sections 3.2 to 3.4.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from rlquant.devices import has_triton
 from rlquant.quant.affine import QParams, fake_quantize
 from rlquant.quant.formats import Format
 from rlquant.quant.granularity import row_chunks
@@ -159,7 +158,7 @@ def round_with_compensation(
 
 def _round_block(weight: Tensor, start: int, spread: QParams | None, upper: Tensor, fmt: Format) -> Tensor:
     """Round a block ``[block, rows]`` in place; its errors in units of the factor's diagonal."""
-    if weight.is_cuda and spread is not None and fmt.kind == "int" and _has_triton():
+    if weight.is_cuda and spread is not None and fmt.kind == "int" and has_triton():
         from rlquant.quant.compensate_cuda import round_block
 
         return round_block(weight, start, spread, upper, fmt)
@@ -172,11 +171,6 @@ def _round_block(weight: Tensor, start: int, spread: QParams | None, upper: Tens
         weight[i] = rounded
         errors[i] = error
     return errors
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
