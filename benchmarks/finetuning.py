@@ -23,6 +23,7 @@ from gsm8k import pairs, write_jsonl
 HERE = Path(__file__).resolve().parent
 PAIRS = ("data.chat=true", "data.max_length=768", "data.max_prompt=384", "data.held_out=0.15")
 LEARN = ("train.batch=16", "train.accumulate=1", "train.lr=1e-4")
+TWICE = "train.epochs=2"
 PROMPTS = (
     "data={out}/sums.jsonl",
     "data.chat=true",
@@ -31,7 +32,7 @@ PROMPTS = (
 )
 MERGE = ("merge.precisions=[int4-g128, int4-g32-asym-dq]", "merge.methods=[gptq]")
 PPO = ("ppo.steps=40", "ppo.batch=64", "ppo.minibatch=32", "ppo.microbatch=32", "ppo.epochs=2", "ppo.max_new_tokens=24",
-       "ppo.learning_rate=1e-4", "ppo.critic_learning_rate=1e-4", "ppo.kl_coefficient=0.02")  # fmt: skip
+       "ppo.learning_rate=1e-4", "ppo.critic_learning_rate=1e-4", "ppo.kl_coefficient=0.02", "ppo.rollouts=transformers")  # fmt: skip
 GRPO = (
     "train.steps=80",
     "train.batch=64",
@@ -39,6 +40,7 @@ GRPO = (
     "train.lr=1e-4",
     "new_tokens=24",
     "beta=0.02",
+    "rollouts=transformers",
 )
 NF4, BF16 = "model.precision=nf4-dq", "model.precision=bf16"
 
@@ -47,8 +49,8 @@ def rows() -> dict[str, tuple[str, ...]]:
     """The recipe and the settings of every row."""
     written, model = ("data={out}/written.jsonl", *PAIRS), ("data={out}/model.jsonl", *PAIRS)
     return {
-        "dpo": ("dpo-qlora", NF4, *written, *LEARN, *MERGE),
-        "dpo-bf16": ("dpo-qlora", BF16, *written, *LEARN, "merge=null"),
+        "dpo": ("dpo-qlora", NF4, *written, *LEARN, TWICE, *MERGE),
+        "dpo-bf16": ("dpo-qlora", BF16, *written, *LEARN, TWICE, "merge=null"),
         "dpo-model": ("dpo-qlora", NF4, *model, *LEARN, "merge=null"),
         "reward": ("reward-qlora", NF4, *written, *LEARN),
         "reward-model": ("reward-qlora", NF4, *model, *LEARN),

@@ -20,6 +20,7 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
+from rlquant.llm.engine_sampler import settled
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
 from rlquant.llm.memory import Workload
@@ -51,7 +52,7 @@ class Config(Section):
     train: TrainSettings = TrainSettings(lr=1e-5, batch=8, accumulate=1)
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
-    rollouts: Rollouts = Field("transformers", description=ROLLOUTS)
+    rollouts: Rollouts = Field("auto", description=ROLLOUTS)
     temperature: float = Field(1.0, gt=0, description="of sampling")
     beta: float = Field(0.04, ge=0, description="of the KL penalty to the base; TRL's own default is 0")
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
@@ -88,13 +89,14 @@ def main(config: Config, run: RunFolder) -> None:
         return loaded[0](prompts, completions, rows)
 
     roll_out = None
-    if config.rollouts != "transformers":
+    rollouts = settled(config.rollouts, lm.model)
+    if rollouts != "transformers":
         roll_out = rollouts_for_trl(
             lm,
             max_new_tokens=config.new_tokens,
             temperature=config.temperature,
             seed=config.train.seed,
-            dense=config.rollouts == "rlquant-dense",
+            dense=rollouts == "rlquant-dense",
         )
     trainer = adapted(
         GRPOTrainer,

@@ -19,7 +19,7 @@ from rlquant.llm.adapters import base_model
 from rlquant.llm.model import decoder_of
 from rlquant.quant import device_of
 
-__all__ = ["Decoder", "StaticCache"]
+__all__ = ["Decoder", "State", "StaticCache"]
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -51,6 +51,28 @@ class StaticCache:
             each[:, slots, :, :length] = each[:, source : source + 1, :, :length]
 
 
+@dataclass(frozen=True)
+class State:
+    """What a step reads and writes of every slot, int64 ``[slots]``.
+
+    Attributes:
+        tokens: the last of each sequence, which is not in the cache yet.
+        positions: theirs.
+        seeds: of the sequences.
+        places: of the next tokens among those that are sampled.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    seeds: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, slots: int, device: torch.device) -> State:
+        """Zeros."""
+        return cls(*(torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)))
+
+
 class Decoder:
     """A model of the Llama, Mistral, Qwen2 or Qwen3 family, with its adapters as they act.
 
@@ -72,12 +94,43 @@ class Decoder:
                 f"there are no rollouts for a {config.model_type} with a sliding window: use generate"
             )
 
+    @property
+    def layers(self) -> Any:
+        """The blocks."""
+        return self._decoder.layers
+
+    @property
+    def norm(self) -> Any:
+        """The last one, before the head."""
+        return self._decoder.norm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        dtype: torch.dtype = self._decoder.norm.weight.dtype
+        return dtype
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """``[..., size]``."""
+        found: Tensor = self._decoder.embed_tokens(ids).to(self.dtype)
+        return found
+
+    def turn(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, ``[batch, tokens, head size]`` in the dtype of ``like``."""
+        found: tuple[Tensor, Tensor] = self._decoder.rotary_emb(like, position_ids=positions)
+        return found
+
     def cache(self, slots: int, length: int) -> StaticCache:
         """An empty cache in the dtype of the hidden states."""
-        layers, heads = self._decoder.layers, self.model.config.num_key_value_heads
-        shape = (len(layers), slots, heads, length, layers[0].self_attn.head_dim)
-        keys = torch.zeros(shape, dtype=self._dtype(), device=device_of(self.model))
+        heads, size = self.model.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+        shape = (len(self.layers), slots, heads, length, size)
+        keys = torch.zeros(shape, dtype=self.dtype, device=device_of(self.model))
         return StaticCache(keys, torch.zeros_like(keys))
+
+    def cache_bytes(self, length: int) -> int:
+        """Of a slot."""
+        heads, size = self.model.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+        return int(2 * len(self.layers) * heads * length * size * self.dtype.itemsize)
 
     @torch.no_grad()
     def hidden(
@@ -96,8 +149,8 @@ class Decoder:
             ``[batch, tokens, size]``, after the last norm.
         """
         decoder = self._decoder
-        hidden = decoder.embed_tokens(ids).to(self._dtype())
-        turn = decoder.rotary_emb(hidden, position_ids=positions)
+        hidden = self.embedded(ids)
+        turn = self.turn(hidden, positions)
         visible = torch.arange(reach, device=ids.device) <= positions[..., None]  # [batch, tokens, reach]
         batch = len(ids)
         rows = torch.arange(batch, device=ids.device) if slots is None else slots
@@ -116,10 +169,6 @@ class Decoder:
         """float32 ``[..., vocabulary]``."""
         found: Tensor = self.model.get_output_embeddings()(hidden)
         return found.float()
-
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._decoder.norm.weight.dtype
-        return dtype
 
 
 def _attend(

@@ -17,27 +17,40 @@ from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import AdapterLinear, adapter_layers, float_weight
 from rlquant.llm.adapters import base_model
 
-__all__ = ["dense_policy"]
+__all__ = ["DensePolicy"]
 
 
-@contextmanager
-def dense_policy(model: Any) -> Iterator[None]:
-    """Let layers with adapters multiply with the sum of base and acting adapter, in the dtype of the model's norms.
+class DensePolicy:
+    """Sums of base and acting adapter, which take their layers' places while :meth:`acting`.
 
-    The sums are freed afterwards; the base is only read.
-
-    Raises:
-        InputError: an adapter is DoRA's, whose sum has other norms.
+    They are kept in between, in tensors that stay where they are: a bfloat16 copy of the layers that have adapters.
     """
-    dtype = next(base_model(model).model.norm.parameters()).dtype
-    layers = [layer for _, layer in adapter_layers(model)]
-    try:
-        for layer in layers:
-            layer.dense = _summed(layer).to(dtype)
-        yield
-    finally:
-        for layer in layers:
-            layer.dense = None
+
+    def __init__(self, model: Any) -> None:
+        self._dtype = next(base_model(model).model.norm.parameters()).dtype
+        self._layers = [layer for _, layer in adapter_layers(model)]
+        self._sums: list[Tensor] = []
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Sums of the adapters as they are now; the base is only read.
+
+        Raises:
+            InputError: an adapter is DoRA's, whose sum has other norms.
+        """
+        for number, layer in enumerate(self._layers):
+            found = _summed(layer)
+            if number == len(self._sums):
+                self._sums.append(found.to(self._dtype))
+            else:
+                self._sums[number].copy_(found)
+        try:
+            for layer, dense in zip(self._layers, self._sums, strict=True):
+                layer.dense = dense
+            yield
+        finally:
+            for layer in self._layers:
+                layer.dense = None
 
 
 @torch.no_grad()

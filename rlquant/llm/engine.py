@@ -19,14 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlquant.devices import free_bytes
 from rlquant.errors import InputError
-from rlquant.llm.decoding import Decoder, StaticCache
-from rlquant.llm.sampling import Sampling, choose
+from rlquant.llm.decode.steps import Steps, draw
+from rlquant.llm.decoding import Decoder, State
+from rlquant.llm.sampling import Sampling
+from rlquant.quant import device_of
 
-__all__ = ["Completion", "rollout"]
+__all__ = ["MOST_SLOTS", "Completion", "Engine", "rollout"]
 
 _REACH = 64
 """Tokens by which what a step looks at grows."""
+MOST_SLOTS = 128
+"""Sequences at a time: more of them share what reading the weights costs, but that is little by then."""
+_SHARE = 0.7
+"""Of free memory, that a cache may take."""
 _READ = 8192
 """Tokens of prompts that are read together, which bounds the memory of their activations."""
 
@@ -59,7 +66,7 @@ def rollout(
     stop: Collection[int] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
-    slots: int = 64,
+    slots: int | None = None,
     length: int | None = None,
 ) -> Iterator[Completion]:
     """Complete prompts with a model as it acts now; completions come as they are finished.
@@ -72,78 +79,129 @@ def rollout(
         stop: token ids that end a completion.
         sampling: by default from the whole distribution at temperature 1.
         seed: the same seed gives the same completions.
-        slots: sequences at a time.
+        slots: sequences at a time; by default as many as there are, up to 128 and to what fits into free memory.
         length: tokens of a sequence that the cache holds; by default what the longest prompt needs.
 
     Raises:
         InputError: a prompt is empty or longer than the cache, the architecture is not supported, or logits are not
             finite, before anything is sampled from them.
     """
-    if n < 1 or slots < 1 or max_new_tokens < 1:
-        raise InputError(f"n={n}, slots={slots} and max_new_tokens={max_new_tokens} must be at least 1")
+    if slots is not None and slots < 1:
+        raise InputError(f"slots={slots} must be at least 1")
     needed = max(map(len, prompts), default=0) + max_new_tokens
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(f"prompt {number} is empty: it needs a token at least")
-        if length is not None and len(prompt) + max_new_tokens > length:
+    engine = Engine(
+        model,
+        slots=min(slots or MOST_SLOTS, max(1, n * len(prompts))),
+        length=length or max(needed, 1),
+        sampling=sampling,
+    )
+    return engine.complete(prompts, max_new_tokens=max_new_tokens, n=n, stop=stop, seed=seed)
+
+
+class Engine:
+    """What rollouts of one model share: a cache, and steps that are captured once.
+
+    Args:
+        model, sampling: see :func:`rollout`. Which adapter acts is settled here; its weights may change.
+        slots: sequences at a time; fewer where free memory does not hold their cache.
+        length: tokens of a sequence that the cache holds.
+
+    Raises:
+        InputError: the architecture is not supported, or not one sequence of the length fits.
+    """
+
+    def __init__(self, model: Any, *, slots: int, length: int, sampling: Sampling | None = None) -> None:
+        self.sampling, self.slots, self.length = sampling or Sampling(), slots, length
+        self.decoder = Decoder(model)
+        self.cache = self.decoder.cache(self._fitting(slots, length), length)
+        self.state = State.of(slots, self.cache.keys.device)
+        self.steps = Steps(self.decoder, self.cache, self.state, self.sampling)
+
+    def serves(self, slots: int, length: int) -> bool:
+        """Whether sequences of such a length fit, and as many at a time as would if it were made for them."""
+        return slots <= self.slots and length <= self.length
+
+    def _fitting(self, slots: int, length: int) -> int:
+        """Slots whose cache free memory holds, next to what a prompt's activations need."""
+        device = device_of(self.decoder.model)
+        each = self.decoder.cache_bytes(length)
+        free = free_bytes(device)
+        if free is None or slots * each <= _SHARE * free:
+            return slots
+        found = int(_SHARE * free / each)
+        if not found:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens, and with {max_new_tokens} new ones is longer than the "
-                f"{length} that the cache holds"
+                f"a cache of {length:,} tokens takes {each / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free: "
+                "shorten prompts or completions, or free memory"
             )
-    waiting = deque(Completion(prompt, number) for prompt in range(len(prompts)) for number in range(n))
-    if not waiting:
-        return iter(())
-    decoder = Decoder(model)
-    cache = decoder.cache(min(slots, len(waiting)), length or needed)
-    batch = _Batch(decoder, cache, prompts, sampling or Sampling(), frozenset(stop), max_new_tokens, seed)
-    return batch.run(waiting)
+        return found
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        n: int = 1,
+        stop: Collection[int] = (),
+        seed: int = 0,
+    ) -> Iterator[Completion]:
+        """See :func:`rollout`."""
+        if n < 1 or max_new_tokens < 1:
+            raise InputError(f"n={n} and max_new_tokens={max_new_tokens} must be at least 1")
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                raise InputError(f"prompt {number} is empty: it needs a token at least")
+            if len(prompt) + max_new_tokens > self.cache.length:
+                raise InputError(
+                    f"prompt {number} has {len(prompt)} tokens, and with {max_new_tokens} new ones is longer than the "
+                    f"{self.cache.length} that the cache holds"
+                )
+        self.steps.refresh()
+        waiting = deque(Completion(prompt, number) for prompt in range(len(prompts)) for number in range(n))
+        return _Batch(self, prompts, frozenset(stop), max_new_tokens, seed).run(waiting)
 
 
 class _Batch:
-    """Sequences in the slots of a cache, and what the next step needs of each, in tensors that stay where they are."""
+    """Sequences in the slots of a cache."""
 
     def __init__(
         self,
-        decoder: Decoder,
-        cache: StaticCache,
+        engine: Engine,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
         stop: frozenset[int],
         max_new_tokens: int,
         seed: int,
     ) -> None:
-        self.decoder, self.cache, self.prompts = decoder, cache, prompts
-        self.sampling, self.stop, self.max_new_tokens, self.seed = sampling, stop, max_new_tokens, seed
-        self.device = cache.keys.device
+        self.engine, self.prompts = engine, prompts
+        self.stop, self.max_new_tokens, self.seed = stop, max_new_tokens, seed
+        self.decoder, self.cache, self.state = engine.decoder, engine.cache, engine.state
+        self.device = self.cache.keys.device
         self.active: dict[int, Completion] = {}
-        self.tokens, self.positions, self.seeds, self.places = (
-            torch.zeros(cache.slots, dtype=torch.int64, device=self.device) for _ in range(4)
-        )
 
     def run(self, waiting: deque[Completion]) -> Iterator[Completion]:
-        """Fill the slots, write a token in each, hand out what is finished, and so on."""
+        """Fill the slots, write tokens in each, hand out what is finished, and so on."""
         while waiting or self.active:
             free = [slot for slot in range(self.cache.slots) if slot not in self.active]
             entering = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if entering:
                 self.active |= entering
                 drawn = self._enter(entering)
-                yield from self._take({slot: row for row, slot in enumerate(entering)}, drawn)
+                yield from self._take({slot: row for row, slot in enumerate(entering)}, drawn.tolist())
             if self.active:
-                slots, reach = self._extent()
-                drawn = self._step(slots, reach)
-                yield from self._take({slot: slot for slot in self.active}, drawn)
+                for drawn in self.engine.steps(*self._extent()).tolist():
+                    yield from self._take({slot: slot for slot in self.active}, drawn)
 
     def _enter(self, entering: dict[int, Completion]) -> Tensor:
         """The first tokens of sequences, after their prompts."""
         slots = torch.tensor(list(entering), device=self.device)
         lengths = [len(self.prompts[each.prompt]) for each in entering.values()]
-        self.positions[slots] = torch.tensor(lengths, device=self.device) - 1
-        self.seeds[slots] = torch.tensor(
+        state = self.state
+        state.positions[slots] = torch.tensor(lengths, device=self.device) - 1
+        state.seeds[slots] = torch.tensor(
             [self._stream(each) for each in entering.values()], device=self.device
         )
-        self.places[slots] = 0
-        return self._draw(self._read(entering), slots)
+        state.places[slots] = 0
+        return draw(self._read(entering), self.engine.sampling, state, slots, self.cache.length)
 
     def _read(self, entering: dict[int, Completion]) -> Tensor:
         """Logits after prompts, ``[entering, vocabulary]``; each is read in the first of its slots and copied on."""
@@ -170,29 +228,16 @@ class _Batch:
         return self.decoder.logits(hidden[torch.arange(len(texts), device=self.device), ends])
 
     def _extent(self) -> tuple[int, int]:
-        """Slots and tokens that a step looks at: few different numbers, so that shapes come again."""
+        """Slots and tokens that the next steps look at: few different numbers, so that shapes come again."""
         used = max(self.active) + 1
         slots = min(1 << (used - 1).bit_length(), self.cache.slots)
         longest = max(len(self.prompts[each.prompt]) + len(each.ids) for each in self.active.values())
+        longest += self.engine.steps.together - 1
         return slots, min(-(-longest // _REACH) * _REACH, self.cache.length)
 
-    def _step(self, slots: int, reach: int) -> Tensor:
-        """The next token of the first slots, whether a sequence is in them or not."""
-        ids, positions = self.tokens[:slots, None], self.positions[:slots, None]
-        hidden = self.decoder.hidden(ids, positions, self.cache, None, reach)
-        return self._draw(self.decoder.logits(hidden[:, 0]), slice(slots))
-
-    def _draw(self, logits: Tensor, slots: Tensor | slice) -> Tensor:
-        """Sample and prepare the next step: float32 ``[3, slots]``, tokens, log-probabilities, 1 for sound logits."""
-        tokens, log_probs = choose(logits, self.sampling, self.seeds[slots], self.places[slots])
-        self.tokens[slots] = tokens
-        self.positions[slots] = (self.positions[slots] + 1).clamp(max=self.cache.length - 1)
-        self.places[slots] += 1
-        return torch.stack([tokens.float(), log_probs, logits.isfinite().all(dim=-1).float()])
-
-    def _take(self, rows: dict[int, int], drawn: Tensor) -> list[Completion]:
+    def _take(self, rows: dict[int, int], drawn: list[list[float]]) -> list[Completion]:
         """Add what was drawn, by slot and row; the sequences that are finished, whose slots are free from now on."""
-        tokens, log_probs, sound = drawn.tolist()
+        tokens, log_probs, sound = drawn
         finished = []
         for slot, row in rows.items():
             each = self.active[slot]

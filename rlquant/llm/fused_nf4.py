@@ -9,20 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlquant.devices import has_triton
 
-__all__ = ["can_fuse", "nf4_linear", "nf4_lora"]
+__all__ = ["can_fuse", "is_nf4", "nf4_linear", "nf4_lora"]
 
 
-def can_fuse(layer: nn.Module) -> bool:
+def can_fuse(layer: Any) -> bool:
     """Whether a layer is bitsandbytes' NF4 on a GPU, in blocks of 64 and with Triton at hand."""
-    weight: Any = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is None or not weight.is_cuda:
-        return False
-    return bool(state.quant_type == "nf4" and state.blocksize == 64) and has_triton()
+    return is_nf4(layer) and layer.weight.is_cuda and has_triton()
+
+
+def is_nf4(layer: Any) -> bool:
+    """Whether a layer is bitsandbytes' NF4 in blocks of 64, quantized already."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    return state is not None and bool(state.quant_type == "nf4" and state.blocksize == 64)
 
 
 def nf4_linear(x: Tensor, layer: Any) -> Tensor:

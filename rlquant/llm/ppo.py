@@ -36,7 +36,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,17 @@ from torch import Tensor
 
 from rlquant.errors import InputError, not_finite
 from rlquant.llm.adapters import adapter_parameters, tensors_hash
+from rlquant.llm.engine_sampler import settled
 from rlquant.llm.experience import Experience, collect
 from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.losses import AdaptiveKL, policy_loss, value_loss
 from rlquant.llm.ppo_settings import PPOSettings
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import (
-    EngineGenerate,
+    SAMPLERS,
     Generate,
     Reward,
     Rollout,
-    TransformersGenerate,
     eos_ids,
     lay_out,
     scores_of,
@@ -65,11 +64,6 @@ from rlquant.llm.training_state import load_state, save_state
 __all__ = ["PPO", "PPOSettings"]
 
 _TRAINED = ("policy", "critic")
-_SAMPLERS: dict[str, Callable[..., Generate]] = {
-    "transformers": TransformersGenerate,
-    "rlquant": EngineGenerate,
-    "rlquant-dense": partial(EngineGenerate, dense=True),
-}
 _MEANS = ("policy_loss", "value_loss", "clipped", "approx_kl", "gradient_norm")
 
 
@@ -102,7 +96,7 @@ class PPO:
         if "critic" not in roles.heads:
             raise InputError("PPO needs a critic: roles.add('critic', ...)")
         self.prompts = _prompts(roles, rows, settings.max_new_tokens)
-        sampler = _SAMPLERS[settings.rollouts]
+        sampler = SAMPLERS[settled(settings.rollouts, roles.model)]
         self.generate: Generate = generate or sampler(
             roles, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature
         )

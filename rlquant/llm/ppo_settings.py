@@ -29,7 +29,7 @@ class PPOSettings(Section):
     critic_learning_rate: float = Field(5e-5, description="for the critic's adapter and its head")
     anneal: bool = Field(False, description="let both fall linearly to zero over the steps")
     max_new_tokens: int = Field(64, ge=1, description="of a completion")
-    rollouts: Rollouts = Field("transformers", description=ROLLOUTS)
+    rollouts: Rollouts = Field("auto", description=ROLLOUTS)
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
     )

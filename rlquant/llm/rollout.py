@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
-from rlquant.llm.decoding import Decoder
-from rlquant.llm.dense_policy import dense_policy
-from rlquant.llm.engine import Completion, rollout
+from rlquant.llm.engine import Completion
+from rlquant.llm.engine_sampler import EngineSampler
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 from rlquant.llm.sampling import Sampling
 
 __all__ = [
+    "SAMPLERS",
     "EngineGenerate",
     "Generate",
     "Reward",
@@ -110,13 +110,13 @@ class TransformersGenerate:
 
 
 class EngineGenerate:
-    """Sampling by :func:`~rlquant.llm.engine.rollout`.
+    """Sampling by :class:`~rlquant.llm.engine.Engine`.
 
     Args:
         roles: whose policy completes.
         max_new_tokens: of a completion.
         temperature: of the sampling; greater than 0.
-        dense: sample by :func:`~rlquant.llm.dense_policy.dense_policy`.
+        dense: sample by :class:`~rlquant.llm.dense_policy.DensePolicy`.
 
     Raises:
         InputError: as :class:`~rlquant.llm.decoding.Decoder`.
@@ -125,44 +125,49 @@ class EngineGenerate:
     def __init__(
         self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, dense: bool = False
     ) -> None:
-        Decoder(roles.model)
-        self.roles, self.max_new_tokens, self.dense = roles, max_new_tokens, dense
-        self.sampling = Sampling(temperature)
+        self.roles, self.ends = roles, eos_ids(roles.lm)
+        self.sampler = EngineSampler(
+            roles.model, max_new_tokens=max_new_tokens, sampling=Sampling(temperature), dense=dense
+        )
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
         """See :class:`Generate`."""
         with self.roles.acting("policy"):
-            return _completed(
-                self.roles.lm,
-                self.roles.model,
-                prompts,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-                seed=seed,
-                dense=self.dense,
-            )
+            return self.sampler(prompts, stop=self.ends, seed=seed)
+
+
+SAMPLERS: dict[str, Callable[..., Generate]] = {
+    "transformers": TransformersGenerate,
+    "rlquant": EngineGenerate,
+    "rlquant-dense": partial(EngineGenerate, dense=True),
+}
 
 
 def rollouts_for_trl(
     lm: LanguageModel, *, max_new_tokens: int, temperature: float, seed: int, dense: bool = False
 ) -> Callable[[list[str], Any], dict[str, Any]]:
-    """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :func:`~rlquant.llm.engine.rollout`.
+    """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :class:`~rlquant.llm.engine.Engine`.
 
     Prompts are text, repeated for each completion; those of a group are read once. Every step and process has a seed of
     its own, so that a resumed run samples as the uninterrupted one.
     """
-    sampling = Sampling(temperature)
+    samplers: list[EngineSampler] = []
+    ends = eos_ids(lm)
 
     def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if not samplers:
+            samplers.append(
+                EngineSampler(
+                    model, max_new_tokens=max_new_tokens, sampling=Sampling(temperature), dense=dense
+                )
+            )
         ids = [lm.tokens(prompt) for prompt in prompts]
         turn = zlib.crc32(f"{seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}".encode())
         was_training = model.training
         model.eval()
         try:
-            made = _completed(
-                lm, model, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn, dense=dense
-            )
+            made = samplers[0](ids, stop=ends, seed=turn)
         finally:
             model.train(was_training)
         return {
@@ -172,24 +177,6 @@ def rollouts_for_trl(
         }
 
     return roll_out
-
-
-def _completed(
-    lm: LanguageModel,
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    dense: bool,
-) -> list[Completion]:
-    """A completion of each prompt, in their order, by the engine."""
-    with dense_policy(model) if dense else nullcontext():
-        made = rollout(
-            model, prompts, max_new_tokens=max_new_tokens, stop=eos_ids(lm), sampling=sampling, seed=seed
-        )
-        return sorted(made, key=lambda each: each.prompt)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from rlquant.errors import InputError
 
-__all__ = ["ROLLOUTS", "Rollouts", "Sampling", "choose", "uniform"]
+__all__ = ["ROLLOUTS", "Rollouts", "Sampling", "choose", "exponential", "stream"]
 
-Rollouts = Literal["transformers", "rlquant", "rlquant-dense"]
-ROLLOUTS = "what samples: transformers' generate, rlquant.llm.engine, or that with base and adapter added up"
+Rollouts = Literal["auto", "transformers", "rlquant", "rlquant-dense"]
+ROLLOUTS = (
+    "what samples: transformers' generate, rlquant.llm.engine, or that with base and adapter added up; "
+    "auto: the engine on a GPU, for the architectures that it knows"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether less than the whole distribution is sampled from."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
+
     def __post_init__(self) -> None:
         for name, value, good, needed in (
             ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
@@ -51,7 +60,7 @@ def choose(logits: Tensor, sampling: Sampling, seeds: Tensor, places: Tensor) ->
 
     Args:
         logits: float32 ``[batch, vocabulary]``.
-        sampling: how. One pass over the cumulative probabilities finds the token, without a sort unless top-p asks.
+        sampling: how.
         seeds: int64 ``[batch]``, of the sequences.
         places: int64 ``[batch]``, of the tokens in their sequences.
 
@@ -59,26 +68,54 @@ def choose(logits: Tensor, sampling: Sampling, seeds: Tensor, places: Tensor) ->
         int64 ``[batch]``; float32 ``[batch]``, at the temperature (1 where it is 0) but of the whole distribution, as
         training computes it.
     """
-    log_probs = (logits / (sampling.temperature or 1.0)).log_softmax(dim=-1)
+    scaled = logits / (sampling.temperature or 1.0)
+    log_probs = scaled.log_softmax(dim=-1)
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        summed = _kept(log_probs.exp(), sampling).cumsum(dim=-1)
-        threshold = uniform(seeds, places)[:, None] * summed[:, -1:]
-        last = (summed < summed[:, -1:]).sum(dim=-1)  # where rounding leaves nothing above the threshold
-        tokens = torch.minimum((summed <= threshold).sum(dim=-1), last)
+        kept = _kept(log_probs, sampling) if sampling.filters else log_probs
+        tokens = (kept - exponential(seeds, places, logits.shape[-1]).log_()).argmax(dim=-1)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def uniform(seeds: Tensor, places: Tensor) -> Tensor:
-    """Numbers in [0, 1), float32, one for each seed and place: the same on every device.
+def exponential(seeds: Tensor, places: Tensor, count: int) -> Tensor:
+    """Standard exponential numbers, float32 ``[batch, count]``, the same on every device up to the last bit.
 
-    SplitMix64 (Steele, Lea and Flood 2014), whose state jumps to any place; int64 wraps around as its integers do.
+    Among tokens of probability p, that of the least number / p is a sample (the exponential race behind the Gumbel-max
+    trick, Maddison et al. 2014, arXiv:1411.0030). A row's stream is SplitMix64's (Steele, Lea and Flood 2014), which
+    jumps to any place; a token's bits are lowbias32 (Wellons 2018) of both halves of that and its id.
     """
+    each = stream(seeds, places)
+    low, high = (_int32(part)[:, None] for part in (each, each >> 32))
+    ids = torch.arange(count, dtype=torch.int32, device=seeds.device)
+    bits = _mixed(_mixed(ids ^ low) ^ high)
+    u = bits.to(torch.float32)
+    u = (torch.where(bits < 0, u + 2.0**32, u) + 0.5) * 2.0**-32
+    small = u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25)))  # where 1 - u would lose the bits of u
+    return torch.where(u < 2.0**-6, small, -(1 - u).clamp_(min=2.0**-25).log_())
+
+
+def stream(seeds: Tensor, places: Tensor) -> Tensor:
+    """int64, one for each seed and place; int64 wraps around as SplitMix64's integers do."""
     x = seeds + (places + 1) * -7046029254386353131
     x = (x ^ _shifted(x, 30)) * -4658895280553007687
     x = (x ^ _shifted(x, 27)) * -7723592293110705685
-    return _shifted(x ^ _shifted(x, 31), 40).to(torch.float32) / 2**24
+    return x ^ _shifted(x, 31)
+
+
+def _int32(x: Tensor) -> Tensor:
+    """The low half of int64."""
+    x = x & 0xFFFFFFFF
+    return (x - ((x >> 31) << 32)).to(torch.int32)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """lowbias32, in place of int32, which wraps around as uint32 does."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x.mul_(0x7FEB352D)
+    x = x.bitwise_xor_((x >> 15) & 0x1FFFF)
+    x = x.mul_(-2073254261)
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
@@ -86,16 +123,19 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _kept(probs: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities with zero for what is cut off."""
-    if sampling.top_k and sampling.top_k < probs.shape[-1]:
-        least = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
-        probs = probs.masked_fill(probs < least, 0.0)
+def _kept(log_probs: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities with -inf for what is cut off."""
+    if sampling.top_k and sampling.top_k < log_probs.shape[-1]:
+        least = log_probs.topk(sampling.top_k, dim=-1).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        total = ordered.sum(dim=-1, keepdim=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p * total  # what is likelier has it already
-        probs = torch.zeros_like(probs).scatter(1, order, ordered.masked_fill(beyond, 0.0))
+        ordered, order = log_probs.sort(dim=-1, descending=True)
+        probs = ordered.exp()
+        beyond = probs.cumsum(dim=-1) - probs >= sampling.top_p * probs.sum(
+            dim=-1, keepdim=True
+        )  # without it enough
+        log_probs = log_probs.scatter(1, order, ordered.masked_fill(beyond, -torch.inf))
     if sampling.min_p > 0:
-        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return probs
+        least = log_probs.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    return log_probs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ from rlquant.errors import InputError
 from rlquant.llm import engine
 from rlquant.llm.adapter_layer import adapter_layers
 from rlquant.llm.adapters import AdapterSettings
-from rlquant.llm.dense_policy import dense_policy
+from rlquant.llm.dense_policy import DensePolicy
 from rlquant.llm.engine import Completion, rollout
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import EngineGenerate
-from rlquant.llm.sampling import Sampling, choose, uniform
+from rlquant.llm.sampling import Sampling, choose, exponential, stream
 
 TEXTS = ("3 and 4 make ", "1", "15 and 27 make 42. 8 and ", "2 and")
 GREEDY = Sampling(temperature=0)
@@ -165,7 +166,7 @@ def test_dense_weights_sample_as_base_and_adapter() -> None:
     for each in roles.parameters("policy").values():
         each.data.mul_(1.5)
     assert [each.log_probs for each in completed(True)] != [each.log_probs for each in dense]  # built anew
-    with pytest.raises(ZeroDivisionError), dense_policy(roles.model):
+    with pytest.raises(ZeroDivisionError), DensePolicy(roles.model).acting():
         1 / 0  # noqa: B018
     assert all(layer.dense is None for _, layer in adapter_layers(roles.model))
     assert roles.base_hash() == before
@@ -174,7 +175,10 @@ def test_dense_weights_sample_as_base_and_adapter() -> None:
 def test_doras_sums_have_other_norms() -> None:
     roles = Roles(LanguageModel(copy.deepcopy(tiny.model()), tiny.tokenizer(), "tiny", "fp32"))
     roles.add("policy", AdapterSettings(rank=2, dora=True))
-    with pytest.raises(InputError, match="a DoRA adapter cannot be sampled from"), dense_policy(roles.model):
+    with (
+        pytest.raises(InputError, match="a DoRA adapter cannot be sampled from"),
+        DensePolicy(roles.model).acting(),
+    ):
         pass
     assert all(layer.dense is None for _, layer in adapter_layers(roles.model))
 
@@ -194,34 +198,44 @@ def test_completions_do_not_depend_on_what_is_beside_them() -> None:
     assert {(each.prompt, each.number): each.ids for each in other} != together
 
 
-def test_numbers_are_uniform_and_independent() -> None:
-    seeds, places = torch.meshgrid(torch.arange(400) * 7919, torch.arange(500), indexing="ij")
-    found = uniform(seeds.flatten(), places.flatten()).double().numpy()
-    assert 0 <= found.min() < 1e-4
-    assert 1 - 1e-4 < found.max() < 1
-    counts = np.histogram(found, bins=100, range=(0, 1))[0]
+def test_numbers_are_exponential_and_independent() -> None:
+    found = exponential(torch.arange(200) * 7919, torch.arange(200) % 7, 1000).double()
+    assert (found > 0).all()
+    counts = np.histogram((1 - found.neg().exp()).numpy(), bins=100, range=(0, 1))[0]
     assert np.square(counts - 2000).sum() / 2000 < 160  # chi-square of 99 degrees: 148 at a thousandth
-    grid = found.reshape(400, 500)
-    for shifted in (
-        np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel()),
-        np.corrcoef(grid[:-1].ravel(), grid[1:].ravel()),
-    ):
-        assert abs(shifted[0, 1]) < 0.01
+    for one, other in ((found[:, :-1], found[:, 1:]), (found[:-1], found[1:])):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.01
+    least = exponential(torch.arange(300), torch.zeros(300, dtype=torch.int64), 20_000).min(dim=1).values
+    assert 0.8 < least.mean().item() * 20_000 < 1.2  # of a race of so many the winner's is exponential too
+    assert 0.7 < least.std().item() * 20_000 < 1.3
 
 
-def test_numbers_are_splitmix64() -> None:
-    """Beside Python's integers of any size."""
-    mask = 2**64 - 1
+def test_numbers_are_splitmix64_and_lowbias32() -> None:
+    """Beside Python's integers of any size and its logarithm."""
+    mask, half = 2**64 - 1, 2**32 - 1
 
-    def literal(seed: int, place: int) -> float:
+    def splitmix(seed: int, place: int) -> int:
         x = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return ((x ^ (x >> 31)) >> 40) / 2**24
+        return x ^ (x >> 31)
+
+    def lowbias(x: int) -> int:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & half
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & half
+        return x ^ (x >> 16)
 
     cases = [(0, 0), (1, 0), (2**32 - 1, 3), (2**62, 999), (12345, 2**31)]
     seeds, places = (torch.tensor(column) for column in zip(*cases, strict=True))
-    assert uniform(seeds, places).tolist() == [literal(*case) for case in cases]
+    assert [each & mask for each in stream(seeds, places).tolist()] == [splitmix(*case) for case in cases]
+    expected = []
+    for case in cases:
+        bits = splitmix(*case)
+        for token in range(3000):
+            mixed = lowbias(lowbias(token ^ (bits & half)) ^ (bits >> 32))
+            expected.append(-math.log1p(-(mixed + 0.5) / 2**32))
+    found = exponential(seeds, places, 3000).flatten().double().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

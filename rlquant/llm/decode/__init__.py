@@ -1,0 +1,1 @@
+"""Decode steps: from a batch's last tokens to its next ones."""

@@ -1,0 +1,162 @@
+"""The kernels of a decode step against float64, the model's own layers and the sampling they share numbers with.
+
+On a machine without a GPU they run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rlquant.llm.adapters import AdapterSettings
+from rlquant.llm.decode.steps import draw
+from rlquant.llm.decoding import Decoder, State
+from rlquant.llm.dense_policy import DensePolicy
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.roles import Roles
+from rlquant.llm.sampling import Sampling
+
+pytest.importorskip("triton")
+bnb = pytest.importorskip("bitsandbytes")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = Sampling(temperature=0)
+
+
+def packed_(model: nn.Module, *, nested: bool, codes: bool) -> nn.Module:
+    """bitsandbytes' own layers in the blocks, or float layers with what their codes stand for."""
+    for part in list(model.model.layers.modules()):
+        for name, layer in list(part.named_children()):
+            if type(layer) is nn.Linear:
+                weight, state = bnb.functional.quantize_4bit(
+                    layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=nested
+                )
+                if codes:
+                    new = bnb.nn.Linear4bit(
+                        layer.in_features, layer.out_features, quant_type="nf4", device="meta"
+                    )
+                    new.weight = bnb.nn.Params4bit(
+                        weight, requires_grad=False, quant_state=state, bnb_quantized=True
+                    )
+                    new.bias = layer.bias
+                    setattr(part, name, new)
+                else:
+                    layer.weight.data = bnb.functional.dequantize_4bit(weight, state)
+    return model
+
+
+def model_of(family: str, *, heads: int = 4, kv_heads: int = 2) -> Any:
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": 260, "max_position_embeddings": 512, "initializer_range": 0.15,
+        "head_dim": 32,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    made = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes)),
+    }
+    model = made[family]()
+    for each in model.parameters():  # biases and norms that do something
+        if each.ndim == 1:
+            each.data += 0.3 * torch.randn_like(each)
+    return model.eval().to(DEVICE)
+
+
+def roles_of(
+    family: str, *, codes: bool, nested: bool = True, packed: bool = True, rank: int = 4, **sizes: int
+) -> Roles:
+    model = model_of(family, **sizes)
+    if packed:
+        packed_(model, nested=nested, codes=codes)
+    roles = Roles(LanguageModel(model, tiny.tokenizer(), "tiny", "fp32"))
+    roles.add("policy", AdapterSettings(rank=rank))
+    generator = torch.Generator().manual_seed(3)
+    for name, each in roles.parameters("policy").items():
+        if "lora_B" in name:
+            each.data.copy_(torch.randn(each.shape, generator=generator) / 10)
+    roles.model.eval()
+    return roles
+
+
+STEPS = 3
+
+
+def drawn_by(roles: Roles, *, fused: bool, slots: int, length: int, sampling: Sampling) -> list[torch.Tensor]:
+    """What steps draw, and the state they leave."""
+    from rlquant.llm.decode.step import FusedStep
+
+    decoder = Decoder(roles.model)
+    cache = decoder.cache(slots, length)
+    generator = torch.Generator().manual_seed(9)
+    for each in (cache.keys, cache.values):
+        each.copy_(torch.randn(each.shape, generator=generator))
+    state = State.of(slots, cache.keys.device)
+    state.tokens.copy_(torch.randint(0, 260, (slots,), generator=generator))
+    state.positions.copy_(torch.randint(0, length - STEPS - 1, (slots,), generator=generator))
+    state.positions[0] = length - STEPS - 1
+    state.seeds.copy_(torch.arange(slots) * 77)
+    drawn = torch.zeros(STEPS, 3, slots, device=cache.keys.device)
+    step = FusedStep(decoder, cache, state, sampling) if fused else None
+    for each in drawn:
+        if step is not None:
+            step(slots, each)
+        else:
+            ids, positions = state.tokens[:, None], state.positions[:, None]
+            hidden = decoder.hidden(ids, positions, cache, None, length)
+            each.copy_(draw(decoder.logits(hidden[:, 0]), sampling, state, slice(slots), length))
+    return [each.cpu() for each in (drawn, cache.keys, cache.values, state.positions, state.places)]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "sampling", "slots", "length"),
+    [
+        ("qwen2", {}, GREEDY, 3, 40),
+        ("qwen2", {"nested": False, "rank": 20}, Sampling(), 1, 530),
+        ("llama", {"heads": 8, "kv_heads": 4}, Sampling(temperature=0.7), 2, 70),
+        ("qwen3", {"packed": False}, Sampling(), 18, 30),
+    ],
+)
+def test_steps_are_those_of_the_layers(
+    family: str, settings: dict[str, Any], sampling: Sampling, slots: int, length: int
+) -> None:
+    """Float32: the same tokens, the same cache, the same log-probabilities up to rounding."""
+    with torch.no_grad():
+        layers, kernels = (
+            drawn_by(
+                roles_of(family, codes=fused, **settings),
+                fused=fused,
+                slots=slots,
+                length=length,
+                sampling=sampling,
+            )
+            for fused in (False, True)
+        )
+    assert torch.equal(layers[0][:, 0], kernels[0][:, 0])
+    assert (kernels[0][:, 2] == 1).all()
+    for one, other in zip(layers, kernels, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_policies_have_steps_too() -> None:
+    roles = roles_of("qwen2", codes=False)
+    settings: dict[str, Any] = {"slots": 2, "length": 32, "sampling": GREEDY}
+    with torch.no_grad():
+        layers = drawn_by(roles, fused=False, **settings)
+        with DensePolicy(roles.model).acting():
+            kernels = drawn_by(roles, fused=True, **settings)
+    for one, other in zip(layers, kernels, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
