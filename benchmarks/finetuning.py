@@ -32,7 +32,8 @@ PROMPTS = (
 )
 MERGE = ("merge.precisions=[int4-g128, int4-g32-asym-dq]", "merge.methods=[gptq]")
 PPO = ("ppo.steps=40", "ppo.batch=64", "ppo.minibatch=32", "ppo.microbatch=32", "ppo.epochs=2", "ppo.max_new_tokens=24",
-       "ppo.learning_rate=1e-4", "ppo.critic_learning_rate=1e-4", "ppo.kl_coefficient=0.02", "ppo.rollouts=transformers")  # fmt: skip
+       "ppo.learning_rate=1e-4", "ppo.critic_learning_rate=1e-4", "ppo.kl_coefficient=0.02",
+       "ppo.rollouts=transformers")  # fmt: skip
 GRPO = (
     "train.steps=80",
     "train.batch=64",

@@ -16,39 +16,13 @@ from torch.nn import functional as F
 
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
+from rlquant.llm.decode.cache import StaticCache, cache_bytes
 from rlquant.llm.model import decoder_of
 from rlquant.quant import device_of
 
-__all__ = ["Decoder", "State", "StaticCache"]
+__all__ = ["Decoder", "State"]
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True)
-class StaticCache:
-    """Keys and values of every layer.
-
-    Attributes:
-        keys, values: ``[layers, slots, kv heads, length, head size]``; a sequence has a slot, a token a place in it.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def slots(self) -> int:
-        """Sequences that it holds."""
-        return self.keys.shape[1]
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence that it holds."""
-        return self.keys.shape[3]
-
-    def copy_(self, source: int, slots: list[int], length: int) -> None:
-        """Let slots begin as another does: the prompt that several completions share."""
-        for each in (self.keys, self.values):
-            each[:, slots, :, :length] = each[:, source : source + 1, :, :length]
 
 
 @dataclass(frozen=True)
@@ -120,23 +94,24 @@ class Decoder:
         found: tuple[Tensor, Tensor] = self._decoder.rotary_emb(like, position_ids=positions)
         return found
 
-    def cache(self, slots: int, length: int) -> StaticCache:
-        """An empty cache in the dtype of the hidden states."""
+    def cache(self, slots: int, length: int, scheme: str | None = None) -> StaticCache:
+        """An empty cache, quantized or in the dtype of the hidden states."""
         heads, size = self.model.config.num_key_value_heads, self.layers[0].self_attn.head_dim
         shape = (len(self.layers), slots, heads, length, size)
-        keys = torch.zeros(shape, dtype=self.dtype, device=device_of(self.model))
-        return StaticCache(keys, torch.zeros_like(keys))
+        return StaticCache.empty(shape, self.dtype, device_of(self.model), scheme)
 
-    def cache_bytes(self, length: int) -> int:
+    def cache_bytes(self, length: int, scheme: str | None = None) -> int:
         """Of a slot."""
         heads, size = self.model.config.num_key_value_heads, self.layers[0].self_attn.head_dim
-        return int(2 * len(self.layers) * heads * length * size * self.dtype.itemsize)
+        return cache_bytes(len(self.layers) * heads * length, size, self.dtype.itemsize, scheme)
 
     @torch.no_grad()
     def hidden(
         self, ids: Tensor, positions: Tensor, cache: StaticCache, slots: Tensor | None, reach: int
     ) -> Tensor:
         """Hidden states of tokens, which are put into the cache; each sees its slot up to itself.
+
+        Several tokens of a sequence are its first, and see each other exactly, whatever the cache makes of them.
 
         Args:
             ids, positions: int64 ``[batch, tokens]``; padding may follow a sequence, and its places in the cache are
@@ -152,14 +127,22 @@ class Decoder:
         hidden = self.embedded(ids)
         turn = self.turn(hidden, positions)
         visible = torch.arange(reach, device=ids.device) <= positions[..., None]  # [batch, tokens, reach]
-        batch = len(ids)
-        rows = torch.arange(batch, device=ids.device) if slots is None else slots
-        places = (rows[:, None], slice(None), positions)  # where new keys and values go
-        seen = (slice(batch) if slots is None else slots, slice(None), slice(reach))
+        rows = torch.arange(len(ids), device=ids.device) if slots is None else slots
+        seen = slice(len(ids)) if slots is None else slots
         for number, block in enumerate(decoder.layers):
-            kept = (cache.keys[number], cache.values[number])
-            mixed = _attend(block.self_attn, block.input_layernorm(hidden), turn, visible, kept, places, seen)
-            hidden = hidden + mixed
+            part = block.self_attn
+            query, key, value = _projected(part, block.input_layernorm(hidden), turn)
+            cache.write(number, rows[:, None], positions, key, value)
+            if ids.shape[1] == 1:
+                keys, values = cache.read(number, seen, reach)
+                if cache.scheme is not None:  # a token sees itself exactly
+                    places = torch.arange(len(ids), device=ids.device)
+                    for each, new in ((keys, key), (values, value)):
+                        each[places, :, positions[:, 0]] = new[:, 0]
+                mixed = _one_token(query[:, 0], keys, values, visible[:, 0], part.scaling)
+            else:
+                mixed = _many_tokens(query, key.transpose(1, 2), value.transpose(1, 2), visible, part.scaling)
+            hidden = hidden + part.o_proj(mixed.reshape(*ids.shape, -1))
             hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
         normed: Tensor = decoder.norm(hidden)
         return normed
@@ -171,34 +154,13 @@ class Decoder:
         return found.float()
 
 
-def _attend(
-    part: Any,
-    hidden: Tensor,
-    turn: tuple[Tensor, Tensor],
-    visible: Tensor,
-    kept: tuple[Tensor, Tensor],
-    places: tuple[Any, ...],
-    seen: tuple[Any, ...],
-) -> Tensor:
-    """Grouped-query attention of one block (Ainslie et al. 2023, arXiv:2305.13245).
-
-    ``kept`` are its cached keys and values; ``places`` index the new ones' there, ``seen`` those that are read.
-    """
-    batch, tokens, _ = hidden.shape
-    split = (batch, tokens, -1, part.head_dim)
+def _projected(part: Any, hidden: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys at their positions, and values; ``[batch, tokens, heads, head size]``."""
+    split = (*hidden.shape[:-1], -1, part.head_dim)
     query, key, value = (project(hidden).view(split) for project in (part.q_proj, part.k_proj, part.v_proj))
     if hasattr(part, "q_norm"):
         query, key = part.q_norm(query), part.k_norm(key)
-    query, key = (_turned(each, *turn) for each in (query, key))
-    for cached, new in zip(kept, (key, value), strict=True):
-        cached[places] = new
-    keys, values = (cached[seen] for cached in kept)
-    if tokens == 1:
-        mixed = _one_token(query[:, 0], keys, values, visible[:, 0], part.scaling)
-    else:
-        mixed = _many_tokens(query, keys, values, visible, part.scaling)
-    projected: Tensor = part.o_proj(mixed.reshape(batch, tokens, -1))
-    return projected
+    return _turned(query, *turn), _turned(key, *turn), value
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -208,7 +170,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _one_token(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """``[batch, heads, size]``: all query heads of a group read its keys once, which are not repeated for them."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), ``[batch, heads, size]``.
+
+    All query heads of a group read its keys once, which are not repeated for them.
+    """
     batch, kv_heads, _, size = keys.shape
     grouped = query.view(batch, kv_heads, -1, size)
     scores = (grouped @ keys.transpose(-1, -2)).float() * scaling

@@ -68,6 +68,7 @@ def rollout(
     seed: int = 0,
     slots: int | None = None,
     length: int | None = None,
+    cache: str | None = None,
 ) -> Iterator[Completion]:
     """Complete prompts with a model as it acts now; completions come as they are finished.
 
@@ -81,6 +82,7 @@ def rollout(
         seed: the same seed gives the same completions.
         slots: sequences at a time; by default as many as there are, up to 128 and to what fits into free memory.
         length: tokens of a sequence that the cache holds; by default what the longest prompt needs.
+        cache: scheme of a quantized KV cache, see :data:`~rlquant.llm.decode.cache.CACHES`.
 
     Raises:
         InputError: a prompt is empty or longer than the cache, the architecture is not supported, or logits are not
@@ -94,6 +96,7 @@ def rollout(
         slots=min(slots or MOST_SLOTS, max(1, n * len(prompts))),
         length=length or max(needed, 1),
         sampling=sampling,
+        cache=cache,
     )
     return engine.complete(prompts, max_new_tokens=max_new_tokens, n=n, stop=stop, seed=seed)
 
@@ -102,7 +105,7 @@ class Engine:
     """What rollouts of one model share: a cache, and steps that are captured once.
 
     Args:
-        model, sampling: see :func:`rollout`. Which adapter acts is settled here; its weights may change.
+        model, sampling, cache: see :func:`rollout`. Which adapter acts is settled here; its weights may change.
         slots: sequences at a time; fewer where free memory does not hold their cache.
         length: tokens of a sequence that the cache holds.
 
@@ -110,10 +113,18 @@ class Engine:
         InputError: the architecture is not supported, or not one sequence of the length fits.
     """
 
-    def __init__(self, model: Any, *, slots: int, length: int, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        slots: int,
+        length: int,
+        sampling: Sampling | None = None,
+        cache: str | None = None,
+    ) -> None:
         self.sampling, self.slots, self.length = sampling or Sampling(), slots, length
         self.decoder = Decoder(model)
-        self.cache = self.decoder.cache(self._fitting(slots, length), length)
+        self.cache = self.decoder.cache(self._fitting(slots, length, cache), length, cache)
         self.state = State.of(slots, self.cache.keys.device)
         self.steps = Steps(self.decoder, self.cache, self.state, self.sampling)
 
@@ -121,10 +132,10 @@ class Engine:
         """Whether sequences of such a length fit, and as many at a time as would if it were made for them."""
         return slots <= self.slots and length <= self.length
 
-    def _fitting(self, slots: int, length: int) -> int:
+    def _fitting(self, slots: int, length: int, cache: str | None) -> int:
         """Slots whose cache free memory holds, next to what a prompt's activations need."""
         device = device_of(self.decoder.model)
-        each = self.decoder.cache_bytes(length)
+        each = self.decoder.cache_bytes(length, cache)
         free = free_bytes(device)
         if free is None or slots * each <= _SHARE * free:
             return slots

@@ -8,7 +8,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from rlquant.llm.preferences import (
     answer_tokens,
     pair_log_probabilities,
 )
-from rlquant.llm.rollout import Reward, sample, scores_of
+from rlquant.llm.rollout import Reward, completer, scores_of
 from rlquant.llm.text import total_divergence
 from rlquant.llm.training import ADAPTER
 from rlquant.measure import plain
@@ -167,11 +166,10 @@ def reward_scorer(
     def score(lm: LanguageModel) -> Scores:
         scores: list[float] = []
         lengths: list[int] = []
+        complete = completer(lm, max_new_tokens=new_tokens)
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
-            made = sample(
-                lm, [lm.tokens(row["prompt"]) for row in part], seed=start, max_new_tokens=new_tokens
-            )
+            made = complete([lm.tokens(row["prompt"]) for row in part], start)
             texts = lm.tokenizer.batch_decode(made, skip_special_tokens=True)
             numbers = [(start + place) // samples for place in range(len(part))]
             scores += scores_of(reward, [row["prompt"] for row in part], texts, part, numbers)
@@ -201,29 +199,25 @@ def write_samples(
 ) -> str:
     """Greedy answers of base and tuned model to the first held-out prompts, as ``samples.md``; its text."""
     both = lm.but(model=model.eval())
+    asked = [row for row in rows if "prompt" in row][:_SAMPLES]
+    prompts = [answer_tokens(lm, row["prompt"], "")[0][-(lm.longest - new_tokens) :] for row in asked]
+    tuned = _answers(both, prompts, new_tokens) if asked else []
+    with active_adapter(model, None):
+        base = _answers(both, prompts, new_tokens) if asked else []
     lines = ["| prompt | base | tuned |", "|---|---|---|"]
-    for row in [row for row in rows if "prompt" in row][:_SAMPLES]:
-        prompt, _ = answer_tokens(lm, row["prompt"], "")
-        prompt = prompt[-(lm.longest - new_tokens) :]
-        tuned = _answered(both, prompt, new_tokens)
-        with active_adapter(model, None):
-            base = _answered(both, prompt, new_tokens)
+    for row, one, other in zip(asked, base, tuned, strict=True):
         lines.append(
-            "| " + " | ".join(_cell(text) for text in (as_text(row["prompt"], None), base, tuned)) + " |"
+            "| " + " | ".join(_cell(text) for text in (as_text(row["prompt"], None), one, other)) + " |"
         )
     text = "\n".join(lines) + "\n"
     run.write("samples.md", text)
     return text
 
 
-def _answered(lm: LanguageModel, prompt: list[int], new_tokens: int) -> str:
-    ids = torch.tensor([prompt], device=lm.device)
-    with torch.no_grad():
-        made = lm.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-        )
-    text: str = lm.tokenizer.decode(made[0, len(prompt) :], skip_special_tokens=True)
-    return text
+def _answers(lm: LanguageModel, prompts: list[list[int]], new_tokens: int) -> list[str]:
+    made = completer(lm, max_new_tokens=new_tokens, temperature=0.0)(prompts, 0)
+    texts: list[str] = lm.tokenizer.batch_decode(made, skip_special_tokens=True)
+    return texts
 
 
 def _cell(text: str) -> str:
@@ -252,11 +246,11 @@ def _windows(lm: LanguageModel, rows: Sequence[Row], merge: MergeSettings, new_t
             shown.append(row["prompt"] + _answer(row))
     texts = [lm.tokens(as_text(each, lm.tokenizer)) for each in shown]
     wanted = merge.windows * merge.length
-    seed = 0
+    seed, complete = 0, completer(lm, max_new_tokens=new_tokens)
     while asked and sum(map(len, texts)) < wanted:
         for start in range(0, len(asked), _TOGETHER):
             prompts = [lm.tokens(row["prompt"]) for row in asked[start : start + _TOGETHER]]
-            made = sample(lm, prompts, seed=seed, max_new_tokens=new_tokens)
+            made = complete(prompts, seed)
             texts += [prompt + answer for prompt, answer in zip(prompts, made, strict=True)]
             seed += 1
     return windows_of(texts, windows=merge.windows, length=merge.length, seed=0, what="the run's data")

@@ -19,18 +19,20 @@ from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
 from rlquant.llm.engine import Completion
-from rlquant.llm.engine_sampler import EngineSampler
+from rlquant.llm.engine_sampler import EngineSampler, settled
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 from rlquant.llm.sampling import Sampling
 
 __all__ = [
     "SAMPLERS",
+    "Complete",
     "EngineGenerate",
     "Generate",
     "Reward",
     "Rollout",
     "TransformersGenerate",
+    "completer",
     "eos_ids",
     "lay_out",
     "rollouts_for_trl",
@@ -179,6 +181,24 @@ def rollouts_for_trl(
     return roll_out
 
 
+Complete = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+"""``(prompts, seed) -> completions``, as token ids."""
+
+
+def completer(lm: LanguageModel, *, max_new_tokens: int, temperature: float = 1.0) -> Complete:
+    """Completions by a model as it acts now, see :class:`Generate`; the likeliest tokens at temperature 0.
+
+    The engine makes them on a GPU for the architectures that it knows, and transformers' ``generate`` elsewhere.
+    """
+    if settled("auto", lm.model) == "transformers":
+        return lambda prompts, seed: sample(
+            lm, prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+    sampler = EngineSampler(lm.model, max_new_tokens=max_new_tokens, sampling=Sampling(temperature))
+    ends = eos_ids(lm)
+    return lambda prompts, seed: [each.ids for each in sampler(prompts, stop=ends, seed=seed)]
+
+
 @torch.no_grad()
 def sample(
     lm: LanguageModel,
@@ -188,7 +208,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Completions of token ids by a model as it is now, see :class:`Generate`.
+    """Completions by transformers' ``generate``, see :func:`completer`.
 
     The model's own generation settings (top-k, top-p, repetition penalty; Qwen2.5-Instruct has all three) are not used.
     """
@@ -196,11 +216,9 @@ def sample(
 
     model, ends = base_model(lm.model), eos_ids(lm)
     pad = lm.tokenizer.pad_token_id
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     plain = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **(chosen if temperature else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad if pad is not None else 0,

@@ -20,11 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlquant.llm.adapters import AdapterSettings
+from rlquant.errors import InputError
+from rlquant.llm.adapters import AdapterSettings, base_model
 from rlquant.llm.decode.steps import draw
 from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.dense_policy import DensePolicy
+from rlquant.llm.engine import Engine, rollout
 from rlquant.llm.model import LanguageModel
+from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.roles import Roles
 from rlquant.llm.sampling import Sampling
 
@@ -95,15 +98,19 @@ def roles_of(
 STEPS = 3
 
 
-def drawn_by(roles: Roles, *, fused: bool, slots: int, length: int, sampling: Sampling) -> list[torch.Tensor]:
+def drawn_by(
+    roles: Roles, *, fused: bool, slots: int, length: int, sampling: Sampling, scheme: str | None = None
+) -> list[torch.Tensor]:
     """What steps draw, and the state they leave."""
     from rlquant.llm.decode.step import FusedStep
 
     decoder = Decoder(roles.model)
-    cache = decoder.cache(slots, length)
+    cache = decoder.cache(slots, length, scheme)
     generator = torch.Generator().manual_seed(9)
-    for each in (cache.keys, cache.values):
-        each.copy_(torch.randn(each.shape, generator=generator))
+    rows, positions = torch.arange(slots)[:, None], torch.arange(length).expand(slots, -1)
+    for layer in range(len(decoder.layers)):
+        new = (torch.randn(slots, length, 2, 32, generator=generator) for _ in range(2))
+        cache.write(layer, rows.to(DEVICE), positions.to(DEVICE), *(each.to(DEVICE) for each in new))
     state = State.of(slots, cache.keys.device)
     state.tokens.copy_(torch.randint(0, 260, (slots,), generator=generator))
     state.positions.copy_(torch.randint(0, length - STEPS - 1, (slots,), generator=generator))
@@ -118,7 +125,8 @@ def drawn_by(roles: Roles, *, fused: bool, slots: int, length: int, sampling: Sa
             ids, positions = state.tokens[:, None], state.positions[:, None]
             hidden = decoder.hidden(ids, positions, cache, None, length)
             each.copy_(draw(decoder.logits(hidden[:, 0]), sampling, state, slice(slots), length))
-    return [each.cpu() for each in (drawn, cache.keys, cache.values, state.positions, state.places)]
+    kept = [each for layer in range(len(decoder.layers)) for each in cache.read(layer, slice(slots), length)]
+    return [each.cpu() for each in (drawn, *kept, state.positions, state.places)]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def drawn_by(roles: Roles, *, fused: bool, slots: int, length: int, sampling: Sa
     [
         ("qwen2", {}, GREEDY, 3, 40),
         ("qwen2", {"nested": False, "rank": 20}, Sampling(), 1, 530),
-        ("llama", {"heads": 8, "kv_heads": 4}, Sampling(temperature=0.7), 2, 70),
+        ("llama", {"heads": 8, "kv_heads": 2}, Sampling(temperature=0.7), 2, 70),
         ("qwen3", {"packed": False}, Sampling(), 18, 30),
     ],
 )
@@ -160,3 +168,79 @@ def test_dense_policies_have_steps_too() -> None:
             kernels = drawn_by(roles, fused=True, **settings)
     for one, other in zip(layers, kernels, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    # Triton's interpreter rounds what carries into the exponent to half of it (31.8 to 16), so fp8 is for a GPU.
+    [pytest.param("fp8_e4m3", marks=pytest.mark.gpu), "int8", "int4"],
+)
+def test_quantized_caches_are_written_and_read_alike(scheme: str) -> None:
+    roles = roles_of("qwen2", packed=False, codes=False)
+    settings: dict[str, Any] = {"slots": 2, "length": 70, "sampling": GREEDY, "scheme": scheme}
+    with torch.no_grad():
+        layers, kernels = (drawn_by(roles, fused=fused, **settings) for fused in (False, True))
+    for one, other in zip(layers, kernels, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    roles = roles_of("llama", packed=False, codes=False)
+    with torch.no_grad():
+        roles.model.get_output_embeddings().weight[200] = torch.nan
+        drawn = drawn_by(roles, fused=True, slots=2, length=10, sampling=Sampling())[0]
+    assert (drawn[0, 2] == 0).all()
+
+
+def test_what_the_kernels_do_not_know_is_refused() -> None:
+    from rlquant.llm.decode.step import FusedStep
+
+    def step(roles: Roles, sampling: Sampling = GREEDY) -> None:
+        decoder = Decoder(roles.model)
+        FusedStep(decoder, decoder.cache(1, 8), State.of(1, roles.lm.device), sampling)
+
+    roles = roles_of("qwen2", packed=False, codes=False)
+    with pytest.raises(InputError, match="samples from the whole distribution"):
+        step(roles, Sampling(top_k=3))
+    base_model(roles.model).model.layers[0].self_attn.head_dim = 48
+    with pytest.raises(InputError, match="heads of 32, 64, 128 or 256 values, not 48"):
+        step(roles)
+    lm = LanguageModel(model_of("qwen2"), tiny.tokenizer(), "tiny", "fp32")
+    quantized = Roles(quantize_model_(lm, Plan.parse("int8")))
+    with pytest.raises(InputError, match="there is no fused step for layers of QuantLinear"):
+        step(quantized)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_graphs_follow_the_adapter(scheme: str | None) -> None:
+    """Tokens and log-probabilities are those of a forward pass over all of the text, before and after an update."""
+    roles = roles_of("qwen2", codes=True)
+    prompts = [[5, 9, 200], [77], [3, 1, 4, 1, 5, 9, 2, 6], [250, 8]]
+    seen = []
+    with roles.acting("policy"), torch.no_grad():
+        engine = Engine(roles.model, slots=3, length=64, sampling=GREEDY, cache=scheme)
+        for _ in range(2):
+            made = sorted(engine.complete(prompts, max_new_tokens=21), key=lambda each: each.prompt)
+            assert engine.steps.fused is not None
+            assert engine.steps.graphs
+            for prompt, each in zip(prompts, made, strict=True):
+                logits = roles.model(torch.tensor([prompt + each.ids], device=DEVICE)).logits[0].float()
+                found = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+                close = 1e-3 if scheme is None else 0.2
+                exact = found.gather(1, torch.tensor(each.ids, device=DEVICE)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(each.log_probs), exact.cpu(), rtol=close, atol=close)
+                assert (found.amax(dim=-1) - exact < close).all()
+            seen.append([each.ids for each in made])
+            for each in roles.parameters("policy").values():
+                each.data.mul_(1.7)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.gpu
+def test_layers_that_the_kernels_do_not_know_go_by_themselves() -> None:
+    roles = roles_of("qwen2", codes=True)
+    sampling = Sampling(top_k=5)
+    with roles.acting("policy"), torch.no_grad(), pytest.warns(UserWarning, match="the model's own layers"):
+        made = list(rollout(roles.model, [[5, 9], [7, 7, 7]], n=2, max_new_tokens=9, sampling=sampling))
+    assert [len(each.ids) for each in made] == [9] * 4

@@ -262,6 +262,19 @@ def test_tokens_come_as_often_as_they_should(sampling: Sampling, warper: Any) ->
     torch.testing.assert_close(log_probs, scaled.log_softmax(dim=-1)[0][tokens])
 
 
+@pytest.mark.parametrize(("scheme", "close"), [("int8", 0.03), ("fp8_e4m3", 0.2), ("int4", 1.0)])
+def test_quantized_caches_change_little(scheme: str, close: float) -> None:
+    """Log-probabilities beside a forward pass over all of the text; the coarser the cache, the farther."""
+    model = model_of("qwen2")
+    for each in rollout(model, prompts(), max_new_tokens=12, seed=3, cache=scheme):
+        prompt = prompts()[each.prompt]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + each.ids])).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(dim=-1).gather(1, torch.tensor(each.ids)[:, None])[:, 0]
+        off = (exact - torch.tensor(each.log_probs)).abs().max().item()
+        assert 0 < off < close
+
+
 def test_bad_input() -> None:
     model, given = model_of("qwen2"), prompts()
     with pytest.raises(
@@ -272,6 +285,8 @@ def test_bad_input() -> None:
         rollout(model, [[]], max_new_tokens=10)
     with pytest.raises(InputError, match="must be at least 1"):
         rollout(model, given, max_new_tokens=0)
+    with pytest.raises(InputError, match="unknown KV-cache scheme 'int5'"):
+        rollout(model, given, max_new_tokens=2, cache="int5")
     with pytest.raises(InputError, match=r"top_p is 0\.0: it must be above 0"):
         Sampling(top_p=0.0)
     assert list(rollout(model, [], max_new_tokens=3)) == []

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import AdapterLinear
 from rlquant.llm.decode.attend_cuda import attend_kernel
+from rlquant.llm.decode.cache import CACHES, StaticCache
 from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel
 from rlquant.llm.decode.sample_cuda import FOUND, choose_kernel, head_kernel
-from rlquant.llm.decoding import Decoder, State, StaticCache
+from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.fused_nf4 import is_nf4
 from rlquant.llm.sampling import Sampling
 
@@ -264,12 +265,16 @@ class FusedStep:
     def _attend(self, number: int, part: Any, queries: Tensor, mixed: Tensor) -> None:
         normed = hasattr(part, "q_norm")
         cache = self.cache
+        scales = (queries, queries)
+        if cache.scheme is not None:
+            scales = (cache.key_scales[number], cache.value_scales[number])
         attend_kernel[(len(queries), self.kv_heads, self.split)](
             queries, self.state.positions, *self.turn, part.q_norm.weight if normed else queries,
-            part.k_norm.weight if normed else queries, cache.keys[number], cache.values[number], mixed,
+            part.k_norm.weight if normed else queries, cache.keys[number], cache.values[number], *scales, mixed,
             self.scratch.parts, self.scratch.arrived, self.heads, self.kv_heads, cache.length, part.scaling,
             part.q_norm.variance_epsilon if normed else 0.0,
-            HALF=self.size // 2, GROUP=self.group, HEADS=self.padded, NORM=normed, TOKENS=_TOKENS, SPLIT=self.split,
+            KIND=CACHES[cache.scheme] if cache.scheme else 0, HALF=self.size // 2, GROUP=self.group,
+            HEADS=self.padded, NORM=normed, TOKENS=_TOKENS, SPLIT=self.split,
             num_warps=4, num_stages=2,
         )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from rlquant.devices import has_triton
 from rlquant.errors import InputError
-from rlquant.llm.decoding import Decoder, State, StaticCache
+from rlquant.llm.decode.cache import StaticCache
+from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.sampling import Sampling, choose
 
 __all__ = ["Steps", "draw"]
 
 _TOGETHER = 8
 """Steps of a graph, after which what they drew is read: a sequence that ends among them is let run until then."""
-_WARM = 2
 
 
 class Steps:
@@ -53,7 +52,13 @@ class Steps:
             return self._drawn(slots, reach)
         key = (slots, 0 if self.fused else reach)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(slots, reach)
+            try:
+                self.graphs[key] = self._capture(slots, reach)
+            except RuntimeError as error:  # a layer that waits for the GPU, or a device that has no graphs
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"rollouts go without CUDA graphs: {reason}", stacklevel=4)
+                self.captured = False
+                return self._drawn(slots, reach)
         graph, drawn = self.graphs[key]
         graph.replay()
         return drawn
@@ -84,17 +89,15 @@ class Steps:
         state = (self.state.tokens, self.state.positions, self.state.places)
         before = [each.clone() for each in state]
 
-        def restored(run: Callable[[], Tensor]) -> Tensor:
-            drawn = run()
+        def restore() -> None:
             for each, kept in zip(state, before, strict=True):
                 each.copy_(kept)
-            return drawn
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM):
-                restored(lambda: self._drawn(slots, reach))
+            self._drawn(slots, reach)  # kernels are compiled, and libraries take their memory
+            restore()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
