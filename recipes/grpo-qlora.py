@@ -23,6 +23,7 @@ from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.engine_sampler import settled
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
+from rlquant.llm.grpo import EngineGRPOTrainer, correction
 from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
@@ -53,6 +54,9 @@ class Config(Section):
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
     rollouts: Rollouts = Field("auto", description=ROLLOUTS)
+    importance_cap: float | None = Field(
+        None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling")
     beta: float = Field(0.04, ge=0, description="of the KL penalty to the base; TRL's own default is 0")
     samples: int = Field(4, ge=1, description="answers to each held-out prompt")
@@ -81,6 +85,7 @@ def main(config: Config, run: RunFolder) -> None:
         top_p=1.0,
         top_k=0,
         beta=config.beta,
+        **correction(config.importance_cap),
     )
     # Loaded once the trainer has put its adapter on, since a reward model joins the same base.
     loaded: list[Reward] = []
@@ -88,9 +93,10 @@ def main(config: Config, run: RunFolder) -> None:
     def reward(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> Sequence[float]:
         return loaded[0](prompts, completions, rows)
 
-    roll_out = None
+    roll_out, kind = None, GRPOTrainer
     rollouts = settled(config.rollouts, lm.model)
     if rollouts != "transformers":
+        kind = EngineGRPOTrainer
         roll_out = rollouts_for_trl(
             lm,
             max_new_tokens=config.new_tokens,
@@ -99,7 +105,7 @@ def main(config: Config, run: RunFolder) -> None:
             dense=rollouts == "rlquant-dense",
         )
     trainer = adapted(
-        GRPOTrainer,
+        kind,
         lm,
         config.adapters,
         args=arguments,

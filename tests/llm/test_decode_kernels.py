@@ -227,7 +227,7 @@ def test_graphs_follow_the_adapter(scheme: str | None) -> None:
             for prompt, each in zip(prompts, made, strict=True):
                 logits = roles.model(torch.tensor([prompt + each.ids], device=DEVICE)).logits[0].float()
                 found = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-                close = 1e-3 if scheme is None else 0.2
+                close = 1e-3 if scheme is None else 0.5
                 exact = found.gather(1, torch.tensor(each.ids, device=DEVICE)[:, None])[:, 0]
                 torch.testing.assert_close(torch.tensor(each.log_probs), exact.cpu(), rtol=close, atol=close)
                 assert (found.amax(dim=-1) - exact < close).all()

@@ -348,6 +348,22 @@ def test_grpo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path,
         assert gain["tuned"] >= 2 * gain["base"]
 
 
+@pytest.mark.parametrize("cap", ["null", "2.0"])
+def test_grpo_tells_how_far_the_engine_is_from_the_policy(
+    rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path, cap: str
+) -> None:
+    settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "train.steps=10", "train.batch=4",
+                "answers=4", "new_tokens=4", "adapters.rank=4", "samples=1", "merge=null", "data.max_prompt=32",
+                "rollouts=rlquant", f"importance_cap={cap}")  # fmt: skip
+    done = rlquant("run", "grpo-qlora", *settings, "--out", tmp_path / "run")
+    assert done.status == 0, done.err
+    state = json.loads(next((tmp_path / "run").rglob("trainer_state.json")).read_text())
+    logs = [each for each in state["log_history"] if "sampling/sampling_logp_difference/max" in each]
+    assert logs
+    assert all(0 <= each["sampling/sampling_logp_difference/max"] < 1e-3 for each in logs)
+    assert all(abs(each["sampling/importance_sampling_ratio/mean"] - 1) < 1e-3 for each in logs)
+
+
 @pytest.mark.slow
 def test_a_reward_model_is_a_reward(
     rlquant: Run, folder: Path, pairs: Path, prompts: Path, check: Path, tmp_path: Path

@@ -40,10 +40,12 @@ def _read(
         at = token[:, None] * (2 * HALF) + SIDE * HALF + half[None, :]
         stored = tl.load(base + at, mask=seen[:, None], other=0.0)
     if KIND == 0:
-        return stored
-    scale = tl.load(scales + token * 4 + 2 * SIDE, mask=seen, other=0.0).to(tl.float32)[:, None]
-    offset = tl.load(scales + token * 4 + 2 * SIDE + 1, mask=seen, other=0.0).to(tl.float32)[:, None]
-    return (stored.to(tl.float32) * scale + offset).to(dtype)
+        values = stored
+    else:
+        scale = tl.load(scales + token * 4 + 2 * SIDE, mask=seen, other=0.0).to(tl.float32)[:, None]
+        offset = tl.load(scales + token * 4 + 2 * SIDE + 1, mask=seen, other=0.0).to(tl.float32)[:, None]
+        values = (stored.to(tl.float32) * scale + offset).to(dtype)
+    return values
 
 
 @triton.jit
@@ -52,16 +54,17 @@ def _codes(x, scales, KIND: tl.constexpr):
     x = x.to(tl.float32)
     if KIND == 1:
         scale = tl.maximum(tl.max(tl.abs(x)) / 448.0, 6.103515625e-05).to(tl.float16)
-        tl.store(scales, scale)
-        tl.store(scales + 1, 0.0)
-        return tl.minimum(tl.maximum(x / scale.to(tl.float32), -448.0), 448.0).to(tl.float8e4nv)
-    levels = 255.0 if KIND == 2 else 15.0
-    offset = tl.min(x).to(tl.float16)
-    scale = tl.maximum((tl.max(x) - offset.to(tl.float32)) / levels, 6.103515625e-05).to(tl.float16)
+        offset = (scale * 0.0).to(tl.float16)
+        codes = tl.minimum(tl.maximum(x / scale.to(tl.float32), -448.0), 448.0).to(tl.float8e4nv)
+    else:
+        levels: tl.constexpr = 255.0 if KIND == 2 else 15.0
+        offset = tl.min(x).to(tl.float16)
+        scale = tl.maximum((tl.max(x) - offset.to(tl.float32)) / levels, 6.103515625e-05).to(tl.float16)
+        steps = tl.floor((x - offset.to(tl.float32)) / scale.to(tl.float32) + 0.5)
+        codes = tl.minimum(tl.maximum(steps, 0.0), levels).to(tl.uint8)
     tl.store(scales, scale)
     tl.store(scales + 1, offset)
-    steps = tl.floor((x - offset.to(tl.float32)) / scale.to(tl.float32) + 0.5)
-    return tl.minimum(tl.maximum(steps, 0.0), levels).to(tl.uint8)
+    return codes
 
 
 @triton.jit
@@ -185,6 +188,6 @@ def attend_kernel(
                 highest = higher
             tl.store(arrived + number, 0)
     if last:
-        at = out + (slot * heads + head * GROUP + member[:, None]) * size + half[None, :]
-        tl.store(at, (first / total[:, None]).to(dtype), mask=live[:, None])
-        tl.store(at + HALF, (second / total[:, None]).to(dtype), mask=live[:, None])
+        to = out + (slot * heads + head * GROUP + member[:, None]) * size + half[None, :]
+        tl.store(to, (first / total[:, None]).to(dtype), mask=live[:, None])
+        tl.store(to + HALF, (second / total[:, None]).to(dtype), mask=live[:, None])

@@ -26,8 +26,11 @@ from rlquant.llm.sampling import Sampling
 __all__ = ["FusedStep"]
 
 _ROWS = 64
-_VOCABULARY, _INNER = 64, 128
-_TOKENS = 64
+_HEAD = {"COLUMNS": 64, "INNER": 128, "num_warps": 4, "num_stages": 4}
+"""Of programs of the head: tokens of the vocabulary, inputs at a time."""
+_ATTEND = {"TOKENS": 128, "num_warps": 4, "num_stages": 2}
+_SPAN = 128
+"""Tokens of a cache for which attention takes a further program."""
 
 
 class _Scratch:
@@ -72,14 +75,11 @@ class _Fused:
         self._tiles: dict[int, Tensor] = {}
 
     def plan(self, rows: int) -> tuple[int, int, int, int, int]:
-        """Rows, columns, splits of a program, warps and stages."""
+        """Rows and columns of a program, blocks of a chunk, parts, warps."""
         height = 16 if rows <= 16 else 32 if rows <= 32 else _ROWS
         columns = 16 if self.width <= 2048 and height < _ROWS else 32
-        tiles = -(-self.width // columns)
-        split = 1
-        while tiles * split * -(-rows // height) < 256 and self.size // 64 >= 4 * split:
-            split *= 2
-        return height, columns, split, 4 if height == _ROWS else 2, 3
+        blocks = 4 if height == _ROWS else 8
+        return height, columns, blocks, -(-self.size // (64 * blocks)), 4
 
     def tiles(self, columns: int) -> Tensor:
         if columns not in self._tiles:
@@ -89,7 +89,7 @@ class _Fused:
         return self._tiles[columns]
 
     def reserve(self, scratch: _Scratch, rows: int) -> None:
-        height, columns, split, _, _ = self.plan(rows)
+        height, columns, _, split, _ = self.plan(rows)
         groups, tiles = -(-rows // height), len(self.tiles(columns))
         scratch.need(
             tiles * groups * split * height * (columns * (1 + self.gated) + 1) if split > 1 else 1,
@@ -100,14 +100,15 @@ class _Fused:
         self, x: Tensor, out: Tensor, scratch: _Scratch, norm: Any = None, residual: Tensor | None = None
     ) -> None:
         rows = len(x)
-        height, columns, split, warps, stages = self.plan(rows)
+        height, columns, blocks, split, warps = self.plan(rows)
         tiles = self.tiles(columns)
         linear_kernel[(len(tiles), -(-rows // height), split)](
-            x, norm.weight if norm is not None else x, self.table, tiles, residual if residual is not None else x, out,
-            scratch.parts, scratch.arrived, rows, self.size, self.width,
-            norm.variance_epsilon if norm is not None else 0.0,
-            ROWS=height, COLUMNS=columns, RANK=self.rank, NF4=self.nf4, NORM=norm is not None, GATED=self.gated,
-            RESIDUAL=residual is not None, SPLIT=split, num_warps=warps, num_stages=stages,
+            _words(x), _words(norm.weight if norm is not None else x), self.table, tiles,
+            residual if residual is not None else x, out, scratch.parts, scratch.arrived, rows, self.size // 2,
+            self.width, norm.variance_epsilon if norm is not None else 0.0,
+            ROWS=height, COLUMNS=columns, BLOCKS=blocks, CHUNKS=-(-self.size // (64 * blocks)), SPLIT=split,
+            RANK=self.rank, NF4=self.nf4, NORM=norm is not None, GATED=self.gated, RESIDUAL=residual is not None,
+            num_warps=warps,
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -140,8 +141,10 @@ class _Part:
             raise InputError(
                 f"there is no fused step for layers of {type(layer).__name__} in {self.weight.dtype}"
             )
-        if self.size % 64:
-            raise InputError(f"a fused step needs inputs of a multiple of 64, not {self.size}")
+        if self.size % 64 or self.weight.data_ptr() % 16:
+            raise InputError(
+                f"a fused step needs aligned weights and inputs of a multiple of 64, not {self.size}"
+            )
         self.device = self.weight.device
         bias = layer.bias
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -227,12 +230,12 @@ class FusedStep:
                     each.reserve(self.scratch, rows)
         self.group = self.heads // self.kv_heads
         self.padded = max(16, triton.next_power_of_2(self.group))
-        self.split = min(8, max(1, cache.length // 256))
+        self.split = min(8, max(1, cache.length // _SPAN))
         self.scratch.need(
             slots * self.kv_heads * self.split * self.padded * (size + 2), slots * self.kv_heads
         )
         self.scratch.make()
-        self.tiles = -(-head.weight.shape[0] // _VOCABULARY)
+        self.tiles = -(-head.weight.shape[0] // _HEAD["COLUMNS"])
         new: Any = {"dtype": dtype, "device": device}
         self.hidden = torch.zeros(slots, config.hidden_size, **new)
         self.queries = torch.zeros(slots, (self.heads + 2 * self.kv_heads) * size, **new)
@@ -274,8 +277,8 @@ class FusedStep:
             self.scratch.parts, self.scratch.arrived, self.heads, self.kv_heads, cache.length, part.scaling,
             part.q_norm.variance_epsilon if normed else 0.0,
             KIND=CACHES[cache.scheme] if cache.scheme else 0, HALF=self.size // 2, GROUP=self.group,
-            HEADS=self.padded, NORM=normed, TOKENS=_TOKENS, SPLIT=self.split,
-            num_warps=4, num_stages=2,
+            HEADS=self.padded, NORM=normed, SPLIT=self.split,
+            **_ATTEND,
         )  # fmt: skip
 
     def _choose(self, hidden: Tensor, drawn: Tensor) -> None:
@@ -286,12 +289,17 @@ class FusedStep:
         head_kernel[(self.tiles, -(-rows // height))](
             hidden, norm.weight, head.weight, state.seeds, state.places, self.found, rows, hidden.shape[1],
             head.weight.shape[0], norm.variance_epsilon, 1.0 / (temperature or 1.0),
-            ROWS=height, COLUMNS=_VOCABULARY, INNER=_INNER, GREEDY=temperature == 0, num_warps=4, num_stages=4,
+            ROWS=height, GREEDY=temperature == 0, **_HEAD,
         )  # fmt: skip
         choose_kernel[(rows,)](
             self.found, state.tokens, state.positions, state.places, drawn, self.tiles, drawn.shape[1],
-            self.cache.length, COLUMNS=_VOCABULARY, TILES=triton.next_power_of_2(self.tiles), num_warps=4,
+            self.cache.length, COLUMNS=_HEAD["COLUMNS"], TILES=triton.next_power_of_2(self.tiles), num_warps=4,
         )  # fmt: skip
+
+
+def _words(x: Tensor) -> Tensor:
+    """Two values in each word."""
+    return x.detach().view(torch.int32 if x.dtype.itemsize == 2 else torch.int64)
 
 
 def _has_bias(layer: Any) -> bool:

@@ -1,0 +1,39 @@
+"""TRL's GRPO trainer with completions of our engine: how far they are from the policy is measured, and corrected.
+
+TRL has that for vLLM alone. What it needs is there as soon as completions come with the log-probabilities that they
+were sampled at, so scoring is told that they do, and sampling is not. The trainer then computes the policy's own once
+more before each update, logs their difference as ``sampling/sampling_logp_difference`` and weighs each token by the
+truncated ratio of both (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+__all__ = ["EngineGRPOTrainer", "correction"]
+
+
+def correction(cap: float | None) -> dict[str, Any]:
+    """Arguments of ``GRPOConfig``: weights of tokens up to ``cap``; None measures, and leaves all weights at 1 (as near as TRL lets)."""
+    bounds = (
+        {"clip_min": 1.0, "clip_max": 1.0 + 2.0**-20} if cap is None else {"clip_min": 0.0, "clip_max": cap}
+    )
+    named = {f"vllm_importance_sampling_{key}": value for key, value in bounds.items()}
+    return {"vllm_importance_sampling_mode": "token_truncate", **named}
+
+
+class EngineGRPOTrainer(GRPOTrainer):
+    """With a ``rollout_func`` that gives log-probabilities; its arguments include those of :func:`correction`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.use_vllm = True  # which from here on means: completions have log-probabilities
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.use_vllm = False
+        try:
+            return super()._generate(prompts)
+        finally:
+            self.use_vllm = True
