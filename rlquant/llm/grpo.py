@@ -16,7 +16,7 @@ __all__ = ["EngineGRPOTrainer", "correction"]
 
 
 def correction(cap: float | None) -> dict[str, Any]:
-    """Arguments of ``GRPOConfig``: weights of tokens up to ``cap``; None measures, and leaves all weights at 1 (as near as TRL lets)."""
+    """Arguments of ``GRPOConfig``: weights of tokens up to ``cap``; None measures, and leaves them at 1, nearly."""
     bounds = (
         {"clip_min": 1.0, "clip_max": 1.0 + 2.0**-20} if cap is None else {"clip_min": 0.0, "clip_max": cap}
     )

@@ -58,18 +58,25 @@ def _scales(block, exists, table):
 
 
 @triton.jit
-def _chunk(
-    sum, down, squares, x, norm, table, column, row, live, half, number, dtype: tl.constexpr, word: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, NF4: tl.constexpr, NORM: tl.constexpr,
+def _product(
+    x, norm, table, first, row, live, half, part, dtype: tl.constexpr, word: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, NF4: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of BLOCKS blocks of inputs: all that is read for them is asked for at once."""
-    inner = number * (BLOCKS * _PACKED) + tl.arange(0, BLOCKS * _PACKED)
+    """``[ROWS, COLUMNS]``, a segment's columns from ``first`` on, of BLOCKS blocks of inputs; sums of squares.
+
+    Without a loop: all that is read is asked for at once, and no load waits for another but scales for their codes.
+    """
+    column = tl.minimum(
+        first + tl.arange(0, COLUMNS), tl.load(table + 9).to(tl.int32) - 1
+    )  # read twice, not stored
+    inner = part * (BLOCKS * _PACKED) + tl.arange(0, BLOCKS * _PACKED)
     there = inner < half
     words = tl.load(x + row[:, None] * half + inner[None, :], mask=live[:, None] & there[None, :], other=0)
     place = column[:, None] * half + inner[None, :]
     if NF4:
         packed = tl.load(_address(table, 0, tl.uint8) + place, mask=there[None, :], other=0).to(tl.int32)
-        block = number * BLOCKS + tl.arange(0, BLOCKS)
+        block = part * BLOCKS + tl.arange(0, BLOCKS)
         blocks = half // _PACKED
         scale = _scales(column[:, None] * blocks + block[None, :], (block < blocks)[None, :], table)
         scale = tl.broadcast_to(scale[:, :, None], (COLUMNS, BLOCKS, _PACKED))
@@ -80,57 +87,30 @@ def _chunk(
     else:
         high, low = _pair(tl.load(_address(table, 0, word) + place, mask=there[None, :], other=0), dtype)
     left, right = _pair(words, dtype)
+    squares = tl.zeros((ROWS,), tl.float32)
     if NORM:
         exact, other = left.to(tl.float32), right.to(tl.float32)
         squares += tl.sum(exact * exact + other * other, axis=1)
-        first, second = _pair(tl.load(norm + inner, mask=there, other=0), dtype)
-        left = (exact * first.to(tl.float32)[None, :]).to(dtype)
-        right = (other * second.to(tl.float32)[None, :]).to(dtype)
-    sum = tl.dot(left, tl.trans(high), sum, input_precision="ieee")
+        even, odd = _pair(tl.load(norm + inner, mask=there, other=0), dtype)
+        left = (exact * even.to(tl.float32)[None, :]).to(dtype)
+        right = (other * odd.to(tl.float32)[None, :]).to(dtype)
+    sum = tl.dot(left, tl.trans(high), input_precision="ieee")
     sum = tl.dot(right, tl.trans(low), sum, input_precision="ieee")
     if RANK > 0:
         rank = tl.arange(0, RANK)
         at = _address(table, 7, word) + rank[:, None] * half + inner[None, :]
-        first, second = _pair(tl.load(at, mask=there[None, :], other=0), dtype)
-        down = tl.dot(left, tl.trans(first), down, input_precision="ieee")
-        down = tl.dot(right, tl.trans(second), down, input_precision="ieee")
-    return sum, down, squares
-
-
-@triton.jit
-def _product(
-    x, norm, table, first, row, live, half, begin, end, dtype: tl.constexpr, word: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ONE: tl.constexpr, RANK: tl.constexpr,
-    NF4: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """``[ROWS, COLUMNS]``, a segment's columns from ``first`` on, chunks ``begin`` to ``end``; sums of squares."""
-    column = tl.minimum(
-        first + tl.arange(0, COLUMNS), tl.load(table + 9).to(tl.int32) - 1
-    )  # read twice, not stored
-    sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    down = tl.zeros((ROWS, RANK if RANK > 0 else 16), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
-    if ONE:
-        sum, down, squares = _chunk(
-            sum, down, squares, x, norm, table, column, row, live, half, begin, dtype, word, COLUMNS, BLOCKS, RANK, NF4,
-            NORM,
-        )  # fmt: skip
-    else:
-        for number in range(begin, end):
-            sum, down, squares = _chunk(
-                sum, down, squares, x, norm, table, column, row, live, half, number, dtype, word, COLUMNS, BLOCKS,
-                RANK, NF4, NORM,
-            )  # fmt: skip
-    if RANK > 0:
-        up = tl.load(_address(table, 8, dtype) + column[:, None] * RANK + tl.arange(0, RANK)[None, :])
+        even, odd = _pair(tl.load(at, mask=there[None, :], other=0), dtype)
+        down = tl.dot(left, tl.trans(even), input_precision="ieee")
+        down = tl.dot(right, tl.trans(odd), down, input_precision="ieee")
+        up = tl.load(_address(table, 8, dtype) + column[:, None] * RANK + rank[None, :])
         sum = tl.dot(down.to(dtype), tl.trans(up), sum, input_precision="ieee")
     return sum, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x, norm, table, tiles, residual, out, parts, arrived, rows, half, width, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
     RANK: tl.constexpr, NF4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """A tile, or a part of its inner sum: ``out = [residual +] layer([norm] x)``, or ``silu(gate) * up`` of two.
@@ -138,42 +118,23 @@ def linear_kernel(
     ``x``: ``[rows, half]`` and ``norm``: ``[half]``, two values in each word; ``out`` and ``residual``: ``[rows,
     width]``. ``tiles``: int32 ``[tiles, 2]``, segment and first column; a gate's segment is before its partner.
     ``parts``: float32 scratch. ``arrived``: int32, zeros, one for each tile and group of rows, and zeros again
-    afterwards. Inputs come in CHUNKS chunks of BLOCKS blocks of 64, in SPLIT parts.
+    afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT parts are all.
     """
     tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = group * ROWS + tl.arange(0, ROWS)
     live = row < rows
     mine = table + tl.load(tiles + 2 * tile) * _FIELDS
     first = tl.load(tiles + 2 * tile + 1)
-    begin, end = part * CHUNKS // SPLIT, (part + 1) * CHUNKS // SPLIT
     dtype: tl.constexpr = out.dtype.element_ty
     word: tl.constexpr = x.dtype.element_ty
-    one: tl.constexpr = CHUNKS == SPLIT
     sum, squares = _product(
-        x,
-        norm,
-        mine,
-        first,
-        row,
-        live,
-        half,
-        begin,
-        end,
-        dtype,
-        word,
-        ROWS,
-        COLUMNS,
-        BLOCKS,
-        one,
-        RANK,
-        NF4,
-        NORM,
+        x, norm, mine, first, row, live, half, part, dtype, word, ROWS, COLUMNS, BLOCKS, RANK, NF4, NORM
     )
     other = sum
     if GATED:
+        partner = mine + _FIELDS
         other, _ = _product(
-            x, norm, mine + _FIELDS, first, row, live, half, begin, end, dtype, word, ROWS, COLUMNS, BLOCKS, one, RANK,
-            NF4, NORM,
+            x, norm, partner, first, row, live, half, part, dtype, word, ROWS, COLUMNS, BLOCKS, RANK, NF4, NORM
         )  # fmt: skip
     last = True
     if SPLIT > 1:

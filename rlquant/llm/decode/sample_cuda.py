@@ -48,7 +48,7 @@ def _exponential(stream, number):
     return tl.where(u < 0.015625, small, -tl.log(tl.maximum(1.0 - u, 2.9802322387695312e-08)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def head_kernel(
     x, norm, weight, seeds, places, out, rows, size, vocabulary, eps, cooling,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GREEDY: tl.constexpr,

@@ -26,7 +26,9 @@ from rlquant.llm.sampling import Sampling
 __all__ = ["FusedStep"]
 
 _ROWS = 64
-_HEAD = {"COLUMNS": 64, "INNER": 128, "num_warps": 4, "num_stages": 4}
+_LINEAR = {"COLUMNS": 32, "BLOCKS": 4, "num_warps": 4}
+"""Of programs of linear layers: outputs, and blocks of 64 inputs."""
+_HEAD = {"COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3}
 """Of programs of the head: tokens of the vocabulary, inputs at a time."""
 _ATTEND = {"TOKENS": 128, "num_warps": 4, "num_stages": 2}
 _SPAN = 128
@@ -72,46 +74,41 @@ class _Fused:
             [part.fields(start) for part, start in zip(self.parts, starts, strict=False)], device=device
         )
         assert self.table.shape[1] == FIELDS
-        self._tiles: dict[int, Tensor] = {}
+        self.tiles = self._tiles()
 
-    def plan(self, rows: int) -> tuple[int, int, int, int, int]:
-        """Rows and columns of a program, blocks of a chunk, parts, warps."""
+    def plan(self, rows: int) -> tuple[int, int]:
+        """Rows of a program, and parts of the inputs."""
         height = 16 if rows <= 16 else 32 if rows <= 32 else _ROWS
-        columns = 16 if self.width <= 2048 and height < _ROWS else 32
-        blocks = 4 if height == _ROWS else 8
-        return height, columns, blocks, -(-self.size // (64 * blocks)), 4
-
-    def tiles(self, columns: int) -> Tensor:
-        if columns not in self._tiles:
-            which = range(1) if self.gated else range(len(self.parts))
-            made = [(each, start) for each in which for start in range(0, self.parts[each].width, columns)]
-            self._tiles[columns] = torch.tensor(made, dtype=torch.int32, device=self.table.device)
-        return self._tiles[columns]
+        return height, -(-self.size // (64 * _LINEAR["BLOCKS"]))
 
     def reserve(self, scratch: _Scratch, rows: int) -> None:
-        height, columns, _, split, _ = self.plan(rows)
-        groups, tiles = -(-rows // height), len(self.tiles(columns))
-        scratch.need(
-            tiles * groups * split * height * (columns * (1 + self.gated) + 1) if split > 1 else 1,
-            tiles * groups,
-        )
+        """Ask for what so many rows need."""
+        height, split = self.plan(rows)
+        programs = len(self.tiles) * -(-rows // height)
+        scratch.need(programs * split * height * (_LINEAR["COLUMNS"] * (1 + self.gated) + 1), programs)
 
     def __call__(
         self, x: Tensor, out: Tensor, scratch: _Scratch, norm: Any = None, residual: Tensor | None = None
     ) -> None:
+        """``out = [residual +] layers([norm] x)``; ``[rows, size]`` to ``[rows, width]``."""
         rows = len(x)
-        height, columns, blocks, split, warps = self.plan(rows)
-        tiles = self.tiles(columns)
-        linear_kernel[(len(tiles), -(-rows // height), split)](
-            _words(x), _words(norm.weight if norm is not None else x), self.table, tiles,
+        height, split = self.plan(rows)
+        linear_kernel[(len(self.tiles), -(-rows // height), split)](
+            _words(x), _words(norm.weight if norm is not None else x), self.table, self.tiles,
             residual if residual is not None else x, out, scratch.parts, scratch.arrived, rows, self.size // 2,
             self.width, norm.variance_epsilon if norm is not None else 0.0,
-            ROWS=height, COLUMNS=columns, BLOCKS=blocks, CHUNKS=-(-self.size // (64 * blocks)), SPLIT=split,
-            RANK=self.rank, NF4=self.nf4, NORM=norm is not None, GATED=self.gated, RESIDUAL=residual is not None,
-            num_warps=warps,
+            ROWS=height, SPLIT=split, RANK=self.rank, NF4=self.nf4, NORM=norm is not None, GATED=self.gated,
+            RESIDUAL=residual is not None, **_LINEAR,
         )  # fmt: skip
 
+    def _tiles(self) -> Tensor:
+        which = range(1) if self.gated else range(len(self.parts))
+        columns = _LINEAR["COLUMNS"]
+        made = [(each, start) for each in which for start in range(0, self.parts[each].width, columns)]
+        return torch.tensor(made, dtype=torch.int32, device=self.table.device)
+
     def refresh(self) -> None:
+        """Take the adapters as they are now."""
         for part in self.parts:
             part.refresh()
 
