@@ -4,9 +4,8 @@
 
 The exact Qwen2.5-0.5B architecture with random weights and a token for each byte, made here, in NF4 with double
 quantization and LoRA r16 on all linear layers; prompts of 128 tokens, 256 new ones, sampled at temperature 1. A step is
-a token of every sequence, the reading of the prompts included. Each row is a process of its own, one after another, and a
-repeated call runs only those that have no figures yet.
-Needs a CUDA device.
+a token of every sequence, the reading of the prompts included. Each row is a process of its own, one after another; a
+repeated call runs only those that have no figures yet. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -110,10 +109,10 @@ def _rolled_out(roles: Roles, prompts: list[list[int]]) -> dict[str, Any]:
     logits = roles.model(ids).logits[0, PROMPT - 1 : -1].float()
     exact = logits.log_softmax(-1).gather(1, ids[0, PROMPT:, None])[:, 0].cpu()
     off = (exact - torch.tensor(made[0].log_probs)).abs()
-    cache = engine.cache.keys.nbytes * 2
     return taken | {
         "steps": NEW,
-        "cache": cache,
+        "cache": engine.cache.nbytes,
+        "before": before,
         "mismatch": float(off.mean()),
         "mismatch_max": float(off.max()),
     }
