@@ -128,6 +128,10 @@ class Engine:
         self.state = State.of(slots, self.cache.keys.device)
         self.steps = Steps(self.decoder, self.cache, self.state, self.sampling)
 
+    def step(self, slots: int, reach: int) -> Tensor:
+        """See :class:`~rlquant.llm.decode.steps.Steps`."""
+        return self.steps(slots, reach)
+
     def serves(self, slots: int, length: int) -> bool:
         """Whether sequences of such a length fit, and as many at a time as would if it were made for them."""
         return slots <= self.slots and length <= self.length
@@ -199,7 +203,7 @@ class _Batch:
                 drawn = self._enter(entering)
                 yield from self._take({slot: row for row, slot in enumerate(entering)}, drawn.tolist())
             if self.active:
-                for drawn in self.engine.steps(*self._extent()).tolist():
+                for drawn in self.engine.step(*self._extent()).tolist():
                     yield from self._take({slot: slot for slot in self.active}, drawn)
 
     def _enter(self, entering: dict[int, Completion]) -> Tensor:

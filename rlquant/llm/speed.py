@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlquant.llm.engine import Engine
+from rlquant.llm.engine_sampler import settled
 from rlquant.llm.model import LanguageModel
+from rlquant.llm.sampling import Sampling
 from rlquant.measure import Latency
 
 __all__ = ["Generation", "time_generation"]
@@ -19,7 +23,8 @@ __all__ = ["Generation", "time_generation"]
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy generation by ``model``'s own forward and a KV cache.
+    """Greedy generation: by the rollout engine on a GPU, for the architectures that it knows, and elsewhere by the
+    model's own forward pass.
 
     Attributes:
         batch: sequences at a time.
@@ -53,21 +58,53 @@ def time_generation(
         batch: sequences at a time.
         tokens: at least 2.
         simulated: whether a faster form of the weights is only simulated; see :class:`rlquant.measure.Latency`.
-        cache: makes a KV cache; by default transformers' own.
+        cache: makes a KV cache for the model's own forward pass; by default the engine's, or transformers' own.
     """
-    ids = torch.tensor([list(prompt)] * batch, device=lm.device)
-    _generate(lm, ids, min(4, tokens), cache)
+    prompts = [list(prompt)] * batch
+    if cache is None and settled("auto", lm.model) == "rlquant":
+        engine = _TimedEngine(
+            lm.model, slots=batch, length=len(prompt) + tokens, sampling=Sampling(temperature=0)
+        )
+        generate = partial(engine.timed, prompts)
+    else:
+        ids = torch.tensor(prompts, device=lm.device)
+        generate = partial(_generate, lm, ids, cache)
+    generate(min(4, tokens))
     cuda = lm.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(lm.device)
-    nanoseconds = _generate(lm, ids, tokens, cache)
+    nanoseconds = generate(tokens)
     peak = torch.cuda.max_memory_allocated(lm.device) if cuda else None
     steps = nanoseconds[1:]
     rate = batch * len(steps) / (steps.sum() / 1e9)
     return Generation(batch, nanoseconds[0] / 1e6, float(rate), Latency.of(steps, simulated=simulated), peak)
 
 
-def _generate(lm: LanguageModel, ids: Tensor, tokens: int, cache: Callable[[], Any] | None) -> np.ndarray:
+class _TimedEngine(Engine):
+    """Keeps the time of its steps; those of one graph count alike."""
+
+    def timed(self, prompts: Sequence[Sequence[int]], tokens: int) -> np.ndarray:
+        """Nanoseconds of each step, int64 ``[tokens]``; the first reads the prompts."""
+        self._marks = [time.perf_counter_ns()]
+        for _ in self.complete(prompts, max_new_tokens=tokens):
+            pass
+        first, *steps = np.diff(self._marks)
+        return np.array(
+            [first, *np.repeat(steps, self.steps.together) // self.steps.together][:tokens], np.int64
+        )
+
+    def step(self, slots: int, reach: int) -> Tensor:
+        """See :class:`~rlquant.llm.engine.Engine`; waits for the GPU, as the reading of tokens would."""
+        _finish(self.cache.keys.device)
+        if len(self._marks) == 1:
+            self._marks.append(time.perf_counter_ns())
+        drawn = super().step(slots, reach)
+        _finish(self.cache.keys.device)
+        self._marks.append(time.perf_counter_ns())
+        return drawn
+
+
+def _generate(lm: LanguageModel, ids: Tensor, cache: Callable[[], Any] | None, tokens: int) -> np.ndarray:
     """Nanoseconds of each step, int64 ``[tokens]``; the first reads the prompts."""
     from transformers import DynamicCache
 

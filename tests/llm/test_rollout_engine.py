@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rlquant.errors import InputError
-from rlquant.llm import engine
+from rlquant.llm import engine, speed
 from rlquant.llm.adapter_layer import adapter_layers
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.dense_policy import DensePolicy
@@ -305,3 +305,19 @@ def test_logits_that_are_no_numbers_name_the_sequence() -> None:
     found = rollout(model, [[51], [55]], max_new_tokens=4, sampling=GREEDY)
     with pytest.raises(InputError, match=r"logits of token \d+ of completion 0 of prompt \d+ are not finite"):
         list(found)
+
+
+def test_generation_is_timed_by_the_engine_where_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LanguageModel(model_of("qwen2"), tiny.tokenizer(), "tiny", "fp32")
+    stepped: list[int] = []
+    monkeypatch.setattr(speed, "settled", lambda *_: "rlquant")
+    monkeypatch.setattr(
+        engine.Engine,
+        "step",
+        lambda self, *extent, of=engine.Engine.step: stepped.append(1) or of(self, *extent),
+    )
+    found = speed.time_generation(lm, prompts()[0], batch=3, tokens=9, simulated=False)
+    assert len(stepped) == 3 + 8  # a warm-up of 4 tokens, the first of which needs no step, and 9
+    assert found.batch == 3
+    assert found.first_token_ms > 0
+    assert found.tokens_per_second > 0
