@@ -23,13 +23,13 @@ from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
 from rlquant.llm.engine_sampler import settled
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
-from rlquant.llm.grpo import EngineGRPOTrainer, correction
+from rlquant.llm.grpo import EngineGRPOTrainer, GRPORollouts, sampling_arguments
 from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import Reward, rollouts_for_trl, with_prompt_text
-from rlquant.llm.sampling import ROLLOUTS, Rollouts
+from rlquant.llm.sampling import ROLLOUTS
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
@@ -53,7 +53,7 @@ class Config(Section):
     train: TrainSettings = TrainSettings(lr=1e-5, batch=8, accumulate=1)
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
-    rollouts: Rollouts = Field("auto", description=ROLLOUTS)
+    rollouts: GRPORollouts = Field("auto", description=f"{ROLLOUTS}; vllm: by TRL")
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
     )
@@ -85,7 +85,7 @@ def main(config: Config, run: RunFolder) -> None:
         top_p=1.0,
         top_k=0,
         beta=config.beta,
-        **correction(config.importance_cap),
+        **sampling_arguments(config.rollouts, config.importance_cap),
     )
     # Loaded once the trainer has put its adapter on, since a reward model joins the same base.
     loaded: list[Reward] = []
@@ -95,7 +95,7 @@ def main(config: Config, run: RunFolder) -> None:
 
     roll_out, kind = None, GRPOTrainer
     rollouts = settled(config.rollouts, lm.model)
-    if rollouts != "transformers":
+    if rollouts.startswith("rlquant"):
         kind = EngineGRPOTrainer
         roll_out = rollouts_for_trl(
             lm,

@@ -12,7 +12,7 @@ from rlquant.errors import InputError
 from rlquant.llm.decoding import Decoder
 from rlquant.llm.dense_policy import DensePolicy
 from rlquant.llm.engine import MOST_SLOTS, Completion, Engine
-from rlquant.llm.sampling import Rollouts, Sampling
+from rlquant.llm.sampling import Sampling
 from rlquant.quant import device_of
 
 __all__ = ["EngineSampler", "settled"]
@@ -59,7 +59,7 @@ class EngineSampler:
         return self._engine
 
 
-def settled(rollouts: Rollouts, model: Any) -> Rollouts:
+def settled(rollouts: str, model: Any) -> str:
     """What samples where the settings say auto: the engine on a GPU, generate where it cannot, with a warning."""
     if rollouts != "auto":
         return rollouts

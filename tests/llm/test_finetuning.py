@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -346,6 +347,17 @@ def test_grpo_earns_more(rlquant: Run, folder: Path, prompts: Path, check: Path,
         gain = results(out)["gain"]
         assert gain["ci"][0] > 0
         assert gain["tuned"] >= 2 * gain["base"]
+
+
+def test_vllm_is_asked_for_by_name(
+    rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("it is installed")
+    settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "rollouts=vllm")
+    done = rlquant("run", "grpo-qlora", *settings, "--out", tmp_path / "run")
+    assert done.status == 2
+    assert "rollouts = 'vllm' needs the package vllm: pip install vllm" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize("cap", ["null", "2.0"])
