@@ -66,7 +66,8 @@ class Config(Section):
     def workload(self) -> Workload:
         """For the planner."""
         length, new = self.data.max_prompt + self.new_tokens, self.new_tokens
-        return self.train.workload("grpo", seq=length, rank=self.adapters.rank, completion=new)
+        cached = self.rollouts != "transformers"
+        return self.train.workload("grpo", seq=length, rank=self.adapters.rank, completion=new, cached=cached)
 
 
 def main(config: Config, run: RunFolder) -> None:

@@ -64,6 +64,7 @@ class Config(Section):
             task="ppo",
             batch=ppo.microbatch or ppo.minibatch,
             rollout=ppo.batch,
+            cached=ppo.rollouts != "transformers",
             seq=self.data.max_prompt + new,
             completion=new,
             rank=self.adapters.rank,

@@ -47,6 +47,7 @@ class Workload:
         seq: tokens of a sequence, prompt and completion together.
         completion: how many of them are generated (infer, grpo, ppo) [default: half].
         rollout: sequences that are generated at once (grpo, ppo) [default: the batch].
+        cached: whether the KV cache of rollouts stays while training goes on, as the engine's does (grpo, ppo).
         kv: of the KV cache: ``bf16``, or a scheme of :mod:`rlquant.llm.kv_cache`.
         rank: of the adapters.
         adapters: dtype of adapters, their gradients and their optimizer state: ``fp32`` or ``bf16``.
@@ -61,6 +62,7 @@ class Workload:
     seq: int = 1024
     completion: int | None = None
     rollout: int | None = None
+    cached: bool = False
     kv: str = "bf16"
     rank: int = 16
     adapters: str = "fp32"
@@ -142,7 +144,8 @@ def plan_memory(
     held = _held(model, precision, workload, card)
     stages = _generation(model, precision, workload)
     if workload.trains:
-        stages |= _training(model, precision, workload)
+        kept = {"kv_cache": stages["generation"]["kv_cache"]} if workload.cached else {}
+        stages |= {name: kept | each for name, each in _training(model, precision, workload).items()}
         trained = {"gradients": _adapters(model, workload)[1]}
         stages = {name: each if name in _PASSIVE else trained | each for name, each in stages.items()}
     totals = {name: sum(held.values()) + sum(each.values()) for name, each in stages.items()}

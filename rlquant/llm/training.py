@@ -62,7 +62,9 @@ class TrainSettings(Section):
     report: Report = "none"
     seed: int = 0
 
-    def workload(self, task: str, *, seq: int, rank: int, completion: int | None = None) -> Workload:
+    def workload(
+        self, task: str, *, seq: int, rank: int, completion: int | None = None, cached: bool = False
+    ) -> Workload:
         """What the planner is told of it, see :class:`~rlquant.llm.memory.Workload`."""
         step = self.batch * self.accumulate  # TRL generates for a whole step at once
         return Workload(
@@ -71,6 +73,7 @@ class TrainSettings(Section):
             seq=seq,
             completion=completion,
             rollout=step if completion else None,
+            cached=cached,
             rank=rank,
             optimizer="adamw" if self.optimizer == "adamw" else "adamw8bit",
             checkpointing=self.checkpointing,

@@ -421,3 +421,17 @@ def test_folders_that_are_no_language_model(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(InputError, match=says):
             read_architecture(str(file))
+
+
+def test_a_cache_that_stays_counts_in_training_too() -> None:
+    model, kind = read_architecture(QWEN), Precision.parse("nf4-dq")
+    fleeting, staying = (
+        plan_memory(model, kind, Workload(task="grpo", batch=8, seq=512, rollout=64, cached=cached))
+        for cached in (False, True)
+    )
+    assert fleeting.stage != "generation"
+    cache = (
+        64 * 512 * 12_288
+    )  # bytes of a token of this architecture: 24 layers, 2 heads of 64, keys and values
+    assert staying.stages["backward"] - fleeting.stages["backward"] == cache
+    assert staying.stages["generation"] == fleeting.stages["generation"]
