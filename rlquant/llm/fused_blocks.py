@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from rlquant.devices import has_triton
 
-__all__ = ["fuse_blocks_"]
+__all__ = ["SILU", "fuse_blocks_"]
 
 _FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 _NORMS = {f"{family}RMSNorm" for family in _FAMILIES}
+SILU = ("SiLU", "SiLUActivation")
+"""Names of the activation's class."""
 _GATED = {f"{family}MLP" for family in _FAMILIES}
 
 
@@ -33,7 +35,7 @@ def fuse_blocks_(model: nn.Module) -> int:
         kind = type(part).__name__
         if kind in _NORMS:
             part.forward = MethodType(_rms_norm, part)
-        elif kind in _GATED and type(part.act_fn).__name__ in ("SiLU", "SiLUActivation") and has_triton():
+        elif kind in _GATED and type(part.act_fn).__name__ in SILU and has_triton():
             part.forward = MethodType(_gated, part)
         else:
             continue

@@ -202,6 +202,9 @@ def test_what_the_kernels_do_not_know_is_refused() -> None:
     roles = roles_of("qwen2", packed=False, codes=False)
     with pytest.raises(InputError, match="samples from the whole distribution"):
         step(roles, Sampling(top_k=3))
+    base_model(roles.model).model.layers[0].mlp.act_fn = nn.GELU()
+    with pytest.raises(InputError, match="multiplies by SiLU, not by GELU"):
+        step(roles)
     base_model(roles.model).model.layers[0].self_attn.head_dim = 48
     with pytest.raises(InputError, match="heads of 32, 64, 128 or 256 values, not 48"):
         step(roles)

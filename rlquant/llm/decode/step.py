@@ -20,6 +20,7 @@ from rlquant.llm.decode.cache import CACHES, StaticCache
 from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel
 from rlquant.llm.decode.sample_cuda import FOUND, choose_kernel, head_kernel
 from rlquant.llm.decoding import Decoder, State
+from rlquant.llm.fused_blocks import SILU
 from rlquant.llm.fused_nf4 import is_nf4
 from rlquant.llm.sampling import Sampling
 
@@ -204,6 +205,9 @@ class FusedStep:
         size = int(layers[0].self_attn.head_dim)
         if size & (size - 1) or not 32 <= size <= 256:
             raise InputError(f"a fused step needs heads of 32, 64, 128 or 256 values, not {size}")
+        for block in layers:
+            if type(block.mlp.act_fn).__name__ not in SILU:
+                raise InputError(f"a fused step multiplies by SiLU, not by {type(block.mlp.act_fn).__name__}")
         if sampling.filters:
             raise InputError("a fused step samples from the whole distribution")
         dtype, config = decoder.dtype, decoder.model.config
@@ -241,6 +245,8 @@ class FusedStep:
         self.found = torch.zeros(slots, self.tiles, FOUND, device=device)
         positions = torch.arange(cache.length, device=device)[None]
         self.turn = [each[0].contiguous() for each in decoder.turn(self.hidden[None], positions)]
+        if self.turn[0].shape[-1] != size:
+            raise InputError("a fused step turns whole heads by their position")
 
     def refresh(self) -> None:
         """Take the adapters as they are now."""

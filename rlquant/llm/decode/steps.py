@@ -42,6 +42,7 @@ class Steps:
                 warnings.warn(f"rollouts take the model's own layers: {error}", stacklevel=3)
         self.together = _TOGETHER if self.captured else 1
 
+    @torch.no_grad()
     def __call__(self, slots: int, reach: int) -> Tensor:
         """Take steps, which look at no position from ``reach`` on.
 
@@ -50,6 +51,10 @@ class Steps:
         """
         if not self.captured:
             return self._drawn(slots, reach)
+        with torch.cuda.device(self.cache.keys.device):
+            return self._replayed(slots, reach)
+
+    def _replayed(self, slots: int, reach: int) -> Tensor:
         key = (slots, 0 if self.fused else reach)
         if key not in self.graphs:
             try:
