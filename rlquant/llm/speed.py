@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlquant.llm.engine import Engine
-from rlquant.llm.engine_sampler import settled
 from rlquant.llm.model import LanguageModel
-from rlquant.llm.sampling import Sampling
 from rlquant.measure import Latency
 
 __all__ = ["Generation", "time_generation"]
@@ -61,14 +58,8 @@ def time_generation(
         cache: makes a KV cache for the model's own forward pass; by default the engine's, or transformers' own.
     """
     prompts = [list(prompt)] * batch
-    if cache is None and settled("auto", lm.model) == "rlquant":
-        engine = _TimedEngine(
-            lm.model, slots=batch, length=len(prompt) + tokens, sampling=Sampling(temperature=0)
-        )
-        generate = partial(engine.timed, prompts)
-    else:
-        ids = torch.tensor(prompts, device=lm.device)
-        generate = partial(_generate, lm, ids, cache)
+    generate = _engine(lm, prompts, tokens) if cache is None and lm.device.type == "cuda" else None
+    generate = generate or partial(_generate, lm, torch.tensor(prompts, device=lm.device), cache)
     generate(min(4, tokens))
     cuda = lm.device.type == "cuda"
     if cuda:
@@ -80,28 +71,16 @@ def time_generation(
     return Generation(batch, nanoseconds[0] / 1e6, float(rate), Latency.of(steps, simulated=simulated), peak)
 
 
-class _TimedEngine(Engine):
-    """Keeps the time of its steps; those of one graph count alike."""
+def _engine(lm: LanguageModel, prompts: list[list[int]], tokens: int) -> Callable[[int], np.ndarray] | None:
+    # Imported here: the engine knows adapters, and so brings PEFT, which a model without them does without.
+    from rlquant.llm.engine_sampler import settled
+    from rlquant.llm.sampling import Sampling
+    from rlquant.llm.timed_engine import TimedEngine
 
-    def timed(self, prompts: Sequence[Sequence[int]], tokens: int) -> np.ndarray:
-        """Nanoseconds of each step, int64 ``[tokens]``; the first reads the prompts."""
-        self._marks = [time.perf_counter_ns()]
-        for _ in self.complete(prompts, max_new_tokens=tokens):
-            pass
-        first, *steps = np.diff(self._marks)
-        return np.array(
-            [first, *np.repeat(steps, self.steps.together) // self.steps.together][:tokens], np.int64
-        )
-
-    def step(self, slots: int, reach: int) -> Tensor:
-        """See :class:`~rlquant.llm.engine.Engine`; waits for the GPU, as the reading of tokens would."""
-        _finish(self.cache.keys.device)
-        if len(self._marks) == 1:
-            self._marks.append(time.perf_counter_ns())
-        drawn = super().step(slots, reach)
-        _finish(self.cache.keys.device)
-        self._marks.append(time.perf_counter_ns())
-        return drawn
+    if settled("auto", lm.model) == "transformers":
+        return None
+    greedy, length = Sampling(temperature=0), len(prompts[0]) + tokens
+    return partial(TimedEngine(lm.model, slots=len(prompts), length=length, sampling=greedy).timed, prompts)
 
 
 def _generate(lm: LanguageModel, ids: Tensor, cache: Callable[[], Any] | None, tokens: int) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from rlquant.errors import InputError
-from rlquant.llm import engine, speed
+from rlquant.llm import engine
 from rlquant.llm.adapter_layer import adapter_layers
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.dense_policy import DensePolicy
@@ -33,6 +35,7 @@ from rlquant.llm.quantize import Plan, quantize_model_
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import EngineGenerate
 from rlquant.llm.sampling import Sampling, choose, exponential, stream
+from rlquant.llm.timed_engine import TimedEngine
 
 TEXTS = ("3 and 4 make ", "1", "15 and 27 make 42. 8 and ", "2 and")
 GREEDY = Sampling(temperature=0)
@@ -307,17 +310,13 @@ def test_logits_that_are_no_numbers_name_the_sequence() -> None:
         list(found)
 
 
-def test_generation_is_timed_by_the_engine_where_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = LanguageModel(model_of("qwen2"), tiny.tokenizer(), "tiny", "fp32")
-    stepped: list[int] = []
-    monkeypatch.setattr(speed, "settled", lambda *_: "rlquant")
-    monkeypatch.setattr(
-        engine.Engine,
-        "step",
-        lambda self, *extent, of=engine.Engine.step: stepped.append(1) or of(self, *extent),
-    )
-    found = speed.time_generation(lm, prompts()[0], batch=3, tokens=9, simulated=False)
-    assert len(stepped) == 3 + 8  # a warm-up of 4 tokens, the first of which needs no step, and 9
-    assert found.batch == 3
-    assert found.first_token_ms > 0
-    assert found.tokens_per_second > 0
+def test_the_engine_times_each_of_its_steps() -> None:
+    timed = TimedEngine(model_of("qwen2"), slots=3, length=60)
+    times = timed.timed([prompts()[0]] * 3, 9)
+    assert times.shape == (9,)
+    assert (times > 0).all()
+
+
+def test_models_without_adapters_do_without_peft() -> None:
+    code = "import sys, rlquant.llm.evaluate, rlquant.languages; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
