@@ -84,9 +84,14 @@ class Decoder:
         dtype: torch.dtype = self._decoder.norm.weight.dtype
         return dtype
 
+    @property
+    def embeddings(self) -> Any:
+        """The layer."""
+        return self._decoder.embed_tokens
+
     def embedded(self, ids: Tensor) -> Tensor:
         """``[..., size]``."""
-        found: Tensor = self._decoder.embed_tokens(ids).to(self.dtype)
+        found: Tensor = self.embeddings(ids).to(self.dtype)
         return found
 
     def turn(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def packed_(model: nn.Module, *, nested: bool, codes: bool) -> nn.Module:
 
 def model_of(family: str, *, heads: int = 4, kv_heads: int = 2) -> Any:
     sizes = {
-        "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": heads,
+        "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 1, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": 260, "max_position_embeddings": 512, "initializer_range": 0.15,
         "head_dim": 32,
     }  # fmt: skip

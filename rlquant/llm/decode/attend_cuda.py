@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlquant.llm.decode.overlap import await_previous
+
 __all__ = ["attend_kernel"]
 
 
@@ -90,7 +92,7 @@ def attend_kernel(
     states, positions, cosines, sines, query_norm, key_norm, keys, values, key_scales, value_scales, out,
     parts, arrived, heads, kv_heads, length, scaling, eps,
     KIND: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
-    TOKENS: tl.constexpr, SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key-value head of one sequence, or a part of its tokens.
 
@@ -102,6 +104,7 @@ def attend_kernel(
     slot, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = 2 * HALF
     dtype = states.dtype.element_ty
+    await_previous(OVERLAP)
     position = tl.load(positions + slot)
     half = tl.arange(0, HALF)
     cos = tl.load(cosines + position * size + half).to(tl.float32)[None, :]

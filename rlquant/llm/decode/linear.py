@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import AdapterLinear
-from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel
+from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel, normed_kernel
+from rlquant.llm.decode.overlap import overlap
 from rlquant.llm.fused_nf4 import is_nf4
 
-__all__ = ["FusedLinear", "Scratch", "row_height"]
+__all__ = ["FusedLinear", "Hidden", "Scratch", "row_height"]
 
-_LINEAR = {"COLUMNS": 32, "BLOCKS": 4, "num_warps": 4}
-"""Of programs of linear layers: outputs, and blocks of 64 inputs."""
+_TILES = {(0, False): (32, 4, 4), (0, True): (32, 4, 4), (1, False): (32, 4, 4), (1, True): (32, 4, 4)}
+"""Of programs: outputs, blocks of 64 inputs, warps; by the kind of weights (see ``linear_cuda.linear_kernel``) and
+whether the outputs are added to the hidden states."""
+_DENSE, _NF4 = 0, 1
+_HIDDEN_TILE = 32
+"""Outputs of programs that add to the hidden states, of whatever kind: what is kept for a norm counts on it."""
 
 
 def row_height(rows: int) -> int:
@@ -42,61 +48,103 @@ class Scratch:
         self.arrived = torch.zeros(self.counts, dtype=torch.int32, device=self.device)
 
 
-class FusedLinear:
-    """Layers of one input as one kernel call; see ``linear_cuda.py``."""
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states, and what a norm of them needs but the factor of each row, which comes after the next product.
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, *, gated: bool = False) -> None:
-        self.gated, self.dtype = gated, dtype
+    Attributes:
+        states: ``[slots, size]``.
+        normed: ``[slots, size]``, times the weights of the norm that follows.
+        squares: float32 ``[slots * tiles]``, sums over a row's tiles.
+        tiles: of a row.
+    """
+
+    states: Tensor
+    normed: Tensor
+    squares: Tensor
+    tiles: int
+
+    @classmethod
+    def empty(cls, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> Hidden:
+        """Zeros."""
+        tiles = -(-size // _HIDDEN_TILE)
+        states, normed = (torch.zeros(slots, size, dtype=dtype, device=device) for _ in range(2))
+        return cls(states, normed, torch.zeros(slots * tiles, device=device), tiles)
+
+    def begin(self, tokens: Tensor, embeddings: Tensor, norm: Any) -> None:
+        """Be the embeddings of tokens, ``norm`` next."""
+        size = self.states.shape[1]
+        normed_kernel[(len(tokens),)](
+            tokens, embeddings, norm.weight, self.states, self.normed, self.squares, size, self.tiles,
+            SIZE=triton.next_power_of_2(size), TILES=triton.next_power_of_2(self.tiles), num_warps=4,
+            **overlap(tokens.device),
+        )  # fmt: skip
+
+
+class FusedLinear:
+    """Layers of one input as one kernel call; see ``linear_cuda.py``.
+
+    Args:
+        layers: beside each other, or, ``gated``, a gate and its partner.
+        dtype: of the states.
+        adds: to the hidden states, else it takes their norm.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], dtype: torch.dtype, *, gated: bool = False, adds: bool = False
+    ) -> None:
+        self.gated, self.adds = gated, adds
         self.parts = [_Part(layer, dtype) for layer in layers]
-        kinds = {(part.nf4, part.size) for part in self.parts}
+        kinds = {(part.kind, part.nested, part.size) for part in self.parts}
         if len(kinds) > 1:
             raise InputError("layers of one input are packed differently")
-        self.nf4, self.size = kinds.pop()
+        self.kind, self.nested, self.size = kinds.pop()
         self.rank = max(part.rank for part in self.parts)
         if self.rank:
             self.rank = max(16, triton.next_power_of_2(self.rank))
-        device = self.parts[0].device
         for part in self.parts:
             part.make_room(self.rank)
-        starts = [0]
-        for part in self.parts:
-            starts.append(starts[-1] + (0 if gated else part.width))
-        self.width = self.parts[0].width if gated else starts[-1]
-        self.table = torch.tensor(
-            [part.fields(start) for part, start in zip(self.parts, starts, strict=False)], device=device
-        )
-        assert self.table.shape[1] == FIELDS
-        self.tiles = self._tiles()
-
-    def plan(self, rows: int) -> tuple[int, int]:
-        """Rows of a program, and parts of the inputs."""
-        return row_height(rows), -(-self.size // (64 * _LINEAR["BLOCKS"]))
+        self.columns, self.blocks, self.warps = _TILES[self.kind, adds]
+        self.split = -(-self.size // (64 * self.blocks))
+        self.width = self.parts[0].width if gated else sum(part.width for part in self.parts)
+        self.table = torch.tensor(self._tiles(), device=self.parts[0].device)
+        self.tiles = len(self.table) // (1 + gated)
 
     def reserve(self, scratch: Scratch, rows: int) -> None:
         """Ask for what so many rows need."""
-        height, split = self.plan(rows)
-        programs = len(self.tiles) * -(-rows // height)
-        scratch.need(programs * split * height * (_LINEAR["COLUMNS"] * (1 + self.gated) + 1), programs)
+        height = row_height(rows)
+        programs = self.tiles * -(-rows // height)
+        scratch.need(programs * self.split * (1 + self.gated) * height * self.columns, programs)
 
-    def __call__(
-        self, x: Tensor, out: Tensor, scratch: Scratch, norm: Any = None, residual: Tensor | None = None
-    ) -> None:
-        """``out = [residual +] layers([norm] x)``; ``[rows, size]`` to ``[rows, width]``."""
-        rows = len(x)
-        height, split = self.plan(rows)
-        linear_kernel[(len(self.tiles), -(-rows // height), split)](
-            _words(x), _words(norm.weight if norm is not None else x), self.table, self.tiles,
-            residual if residual is not None else x, out, scratch.parts, scratch.arrived, rows, self.size // 2,
-            self.width, norm.variance_epsilon if norm is not None else 0.0,
-            ROWS=height, SPLIT=split, RANK=self.rank, NF4=self.nf4, NORM=norm is not None, GATED=self.gated,
-            RESIDUAL=residual is not None, **_LINEAR,
+    def __call__(self, hidden: Hidden, norm: Any, other: Tensor, scratch: Scratch) -> None:
+        """``other = layers(norm(hidden))``, or ``hidden += layers(other)``, before ``norm``.
+
+        Args:
+            hidden: of all slots.
+            norm: of the hidden states.
+            other: ``[rows, width]``, or ``[rows, size]``.
+            scratch: for sums of parts.
+        """
+        rows = len(other)
+        height = row_height(rows)
+        x, out = (other, hidden.states) if self.adds else (hidden.normed, other)
+        linear_kernel[(self.tiles, -(-rows // height), self.split * (1 + self.gated))](
+            x, hidden.squares, self.table, out, norm.weight, hidden.normed, scratch.parts, scratch.arrived,
+            rows, self.size // 64, self.width, hidden.tiles, norm.variance_epsilon,
+            ROWS=height, COLUMNS=self.columns, BLOCKS=self.blocks, SPLIT=self.split, RANK=self.rank,
+            KIND=self.kind, NESTED=self.nested, SHUFFLE=x.is_cuda, GATED=self.gated, ADDS=self.adds,
+            NORM=triton.next_power_of_2(hidden.tiles), num_warps=self.warps, **overlap(x.device),
         )  # fmt: skip
 
-    def _tiles(self) -> Tensor:
-        which = range(1) if self.gated else range(len(self.parts))
-        columns = _LINEAR["COLUMNS"]
-        made = [(each, start) for each in which for start in range(0, self.parts[each].width, columns)]
-        return torch.tensor(made, dtype=torch.int32, device=self.table.device)
+    def _tiles(self) -> list[list[int]]:
+        made, start = [], 0
+        for part in self.parts[:1] if self.gated else self.parts:
+            for first in range(0, part.width, self.columns):
+                for each in self.parts if self.gated else [part]:
+                    made.append([*each.addresses(), each.width, start, first])
+            start += part.width
+        assert len(made[0]) == FIELDS
+        return made
 
     def refresh(self) -> None:
         """Take the adapters as they are now."""
@@ -120,8 +168,9 @@ class _Part:
             layer = layer.get_base_layer()
         self.base = layer
         self.weight: Any = dense if dense is not None else layer.weight
-        self.nf4 = dense is None and is_nf4(layer)
-        if self.nf4:
+        self.kind, self.nested = _DENSE, False
+        if dense is None and is_nf4(layer):
+            self.kind, self.nested = _NF4, layer.weight.quant_state.state2 is not None
             self.width, self.size = layer.weight.quant_state.shape
         elif (dense is not None or type(layer) is nn.Linear) and self.weight.dtype == dtype:
             self.width, self.size = self.weight.shape
@@ -151,30 +200,13 @@ class _Part:
             scaled = self.layer.lora_B[self.adapter].weight * self.layer.scaling[self.adapter]
             self.b[:, : self.rank].copy_(scaled)
 
-    def fields(self, start: int) -> list[int]:
+    def addresses(self) -> list[int]:
         """See ``linear_cuda.FIELDS``."""
-        scales = [self.weight.data_ptr()] * 5
-        nested = False
-        if self.nf4:
+        scales = [0] * 5
+        if self.kind == _NF4:
             state = self.weight.quant_state
-            nested = state.state2 is not None
-            inner = state.state2 if nested else state
-            offset = state.offset if nested else state.code
+            inner, offset = (state.state2, state.offset) if self.nested else (state, state.code)
             kept = (state.absmax, inner.absmax, inner.code, offset, state.code)
             scales = [each.data_ptr() for each in kept]
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        return [
-            self.weight.data_ptr(),
-            *scales,
-            bias,
-            self.a.data_ptr(),
-            self.b.data_ptr(),
-            self.width,
-            start,
-            nested,
-        ]
-
-
-def _words(x: Tensor) -> Tensor:
-    """Two values in each word."""
-    return x.detach().view(torch.int32 if x.dtype.itemsize == 2 else torch.int64)
+        return [self.weight.data_ptr(), *scales, bias, self.a.data_ptr(), self.b.data_ptr()]

@@ -1,9 +1,10 @@
 """A linear layer of a decode step as one Triton kernel: norm, product with packed or dense weights, adapter, residual.
 
 With one token of each sequence a layer is a thin matrix product, and what it costs is launches and waiting, not work.
-So one kernel does all that belongs to a product: the RMSNorm before it is a factor of each row, applied afterwards,
-the adapter's two products go along, the residual or SwiGLU comes last. bitsandbytes' NF4 codes are read in place, each
-value rounded to the dtype of the states as it is in training.
+So one kernel does all that belongs to a product. A layer that adds to the hidden states also prepares the RMSNorm that
+follows: the states times its weights, and their squares; the factor of each row is applied after the next product.
+The adapter's two products go along, SwiGLU comes last. bitsandbytes' NF4 codes are read in place, each value rounded to
+the dtype of the states as it is in training.
 
 Inner sizes are split over programs. The last one to finish a tile adds the parts in their order, whoever came first, so
 results are the same in every run.
@@ -14,40 +15,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FIELDS", "linear_kernel"]
+from rlquant.llm.decode.overlap import await_previous
+
+__all__ = ["FIELDS", "linear_kernel", "normed_kernel", "row_factor"]
 
 FIELDS = 12
-"""Of a segment in its table, int64: addresses of codes or weight, scales' codes, their ranges, their levels, their
-offset, NF4's values, bias, A, B; outputs; the first of its columns in the result; inner scales (bool)."""
+"""Of a tile in its table, int64: addresses of codes or weight, scales' codes, their ranges, their levels, their offset,
+NF4's values, bias, A, B; outputs of its layer; where these are in the result; the first of the tile's columns."""
 
 _FIELDS = tl.constexpr(FIELDS)
-_PACKED = tl.constexpr(32)
-"""Bytes of a block of 64 codes."""
+_BLOCK = tl.constexpr(64)
+"""Inputs that share a scale."""
 
 
 @triton.jit
 def _address(table, field: tl.constexpr, kind: tl.constexpr):
     """A pointer of the table; tensors begin at multiples of 16 bytes, which lets their loads be wide."""
-    return tl.multiple_of(tl.load(table + field), 16).to(tl.pointer_type(kind))
+    return tl.multiple_of(tl.load(table + field).to(tl.pointer_type(kind)), 16)
 
 
 @triton.jit
-def _pair(words, dtype: tl.constexpr):
-    """The values of even and of odd places, of two values in a word: NF4's codes lie in pairs too."""
-    if dtype.primitive_bitwidth == 16:
-        left = words.to(tl.int16).to(dtype, bitcast=True)
-        right = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    else:
-        left = words.to(tl.int32).to(dtype, bitcast=True)
-        right = (words >> 32).to(tl.int32).to(dtype, bitcast=True)
-    return left, right
-
-
-@triton.jit
-def _scales(block, exists, table):
+def _scales(block, exists, table, NESTED: tl.constexpr):
     """Of blocks of 64 codes, float32."""
-    nested = tl.load(table + 11)
-    if nested:
+    if NESTED:
         codes = tl.load(_address(table, 1, tl.uint8) + block, mask=exists, other=0).to(tl.int32)
         ranges = tl.load(_address(table, 2, tl.float32) + block // 256, mask=exists, other=0.0)
         offset = tl.load(_address(table, 4, tl.float32))
@@ -58,129 +48,217 @@ def _scales(block, exists, table):
 
 
 @triton.jit
-def _product(
-    x, norm, table, first, row, live, half, part, dtype: tl.constexpr, word: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, NF4: tl.constexpr,
-    NORM: tl.constexpr,
+def _levels(packed, table, SHUFFLE: tl.constexpr):
+    """NF4's values of the high and the low codes of bytes, float32.
+
+    A lane of a warp holds one of the 16 and the others ask it for theirs: half the instructions of reading from memory,
+    and Triton is free to keep the values in whatever threads it likes.
+    """
+    if SHUFFLE:
+        high, low = tl.inline_asm_elementwise(
+            """{
+            .reg .u32 lane, value, code;
+            .reg .u64 at;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 at, lane, 4, $9;
+            ld.global.nc.u32 value, [at];
+            shr.u32 code, $8, 4;
+            shfl.sync.idx.b32 $0, value, code, 0x101f, 0xffffffff;
+            shfl.sync.idx.b32 $4, value, $8, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 12;
+            shfl.sync.idx.b32 $1, value, code, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 8;
+            shfl.sync.idx.b32 $5, value, code, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 20;
+            shfl.sync.idx.b32 $2, value, code, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 16;
+            shfl.sync.idx.b32 $6, value, code, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 28;
+            shfl.sync.idx.b32 $3, value, code, 0x101f, 0xffffffff;
+            shr.u32 code, $8, 24;
+            shfl.sync.idx.b32 $7, value, code, 0x101f, 0xffffffff;
+            }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,l,l,l,l",
+            args=[packed, tl.load(table + 5)],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        values = _address(table, 5, tl.float32)
+        codes = packed.to(tl.int32)
+        high, low = tl.load(values + (codes >> 4)), tl.load(values + (codes & 15))
+    return high, low
+
+
+@triton.jit
+def _unpacked(
+    table, column, part, blocks, dtype: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """``[ROWS, COLUMNS]``, a segment's columns from ``first`` on, of BLOCKS blocks of inputs; sums of squares.
+    """NF4 weights, ``[COLUMNS, 64 BLOCKS]``."""
+    block = part * BLOCKS + tl.arange(0, BLOCKS)
+    exists = (block < blocks)[None, :]
+    number = column[:, None] * blocks + block[None, :]
+    place = number[:, :, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, None, :]
+    packed = tl.load(_address(table, 0, tl.uint8) + place, mask=exists[:, :, None], other=0)
+    scale = _scales(number, exists, table, NESTED)[:, :, None]
+    high, low = _levels(packed, table, SHUFFLE)
+    both = tl.join((high * scale).to(dtype), (low * scale).to(dtype))
+    return tl.reshape(both, (COLUMNS, BLOCKS * _BLOCK))
+
+
+@triton.jit
+def _product(
+    x, table, row, live, part, blocks, dtype: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr,
+    SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``[rows, COLUMNS]``, of BLOCKS blocks of inputs.
 
     Without a loop: all that is read is asked for at once, and no load waits for another but scales for their codes.
+    Weights are read and unpacked before what the kernel before this one writes.
     """
-    column = tl.minimum(
-        first + tl.arange(0, COLUMNS), tl.load(table + 9).to(tl.int32) - 1
-    )  # read twice, not stored
-    inner = part * (BLOCKS * _PACKED) + tl.arange(0, BLOCKS * _PACKED)
-    there = inner < half
-    words = tl.load(x + row[:, None] * half + inner[None, :], mask=live[:, None] & there[None, :], other=0)
-    place = column[:, None] * half + inner[None, :]
-    if NF4:
-        packed = tl.load(_address(table, 0, tl.uint8) + place, mask=there[None, :], other=0).to(tl.int32)
-        block = part * BLOCKS + tl.arange(0, BLOCKS)
-        blocks = half // _PACKED
-        scale = _scales(column[:, None] * blocks + block[None, :], (block < blocks)[None, :], table)
-        scale = tl.broadcast_to(scale[:, :, None], (COLUMNS, BLOCKS, _PACKED))
-        scale = tl.reshape(scale, (COLUMNS, BLOCKS * _PACKED))
-        values = _address(table, 5, tl.float32)
-        high = (tl.load(values + (packed >> 4)) * scale).to(dtype)
-        low = (tl.load(values + (packed & 15)) * scale).to(dtype)
+    first, width = tl.load(table + 11).to(tl.int32), tl.load(table + 9).to(tl.int32)
+    column = tl.minimum(first + tl.arange(0, COLUMNS), width - 1)  # read twice, not stored
+    size = blocks * _BLOCK
+    inner = part * (BLOCKS * _BLOCK) + tl.arange(0, BLOCKS * _BLOCK)
+    there = (inner < size)[None, :]
+    if KIND == 1:
+        weight = _unpacked(table, column, part, blocks, dtype, COLUMNS, BLOCKS, NESTED, SHUFFLE)
+    elif KIND == 2:
+        place = column[:, None] * size + inner[None, :]
+        weight = tl.load(_address(table, 0, tl.int8) + place, mask=there, other=0).to(dtype)
     else:
-        high, low = _pair(tl.load(_address(table, 0, word) + place, mask=there[None, :], other=0), dtype)
-    left, right = _pair(words, dtype)
-    squares = tl.zeros((ROWS,), tl.float32)
-    if NORM:
-        exact, other = left.to(tl.float32), right.to(tl.float32)
-        squares += tl.sum(exact * exact + other * other, axis=1)
-        even, odd = _pair(tl.load(norm + inner, mask=there, other=0), dtype)
-        left = (exact * even.to(tl.float32)[None, :]).to(dtype)
-        right = (other * odd.to(tl.float32)[None, :]).to(dtype)
-    sum = tl.dot(left, tl.trans(high), input_precision="ieee")
-    sum = tl.dot(right, tl.trans(low), sum, input_precision="ieee")
+        place = column[:, None] * size + inner[None, :]
+        weight = tl.load(_address(table, 0, dtype) + place, mask=there, other=0.0)
+    if KIND == 2:
+        scale = tl.load(_address(table, 1, tl.float32) + column)
     if RANK > 0:
         rank = tl.arange(0, RANK)
-        at = _address(table, 7, word) + rank[:, None] * half + inner[None, :]
-        even, odd = _pair(tl.load(at, mask=there[None, :], other=0), dtype)
-        down = tl.dot(left, tl.trans(even), input_precision="ieee")
-        down = tl.dot(right, tl.trans(odd), down, input_precision="ieee")
-        up = tl.load(_address(table, 8, dtype) + column[:, None] * RANK + rank[None, :])
-        sum = tl.dot(down.to(dtype), tl.trans(up), sum, input_precision="ieee")
-    return sum, squares
+        a = tl.load(_address(table, 7, dtype) + rank[:, None] * size + inner[None, :], mask=there, other=0.0)
+        b = tl.load(_address(table, 8, dtype) + column[:, None] * RANK + rank[None, :])
+    await_previous(OVERLAP)
+    states = tl.load(x + row[:, None] * size + inner[None, :], mask=live[:, None] & there, other=0.0)
+    sum = tl.dot(states, tl.trans(weight), input_precision="ieee")
+    if KIND == 2:
+        sum *= scale[None, :]
+    if RANK > 0:
+        down = tl.dot(states, tl.trans(a), input_precision="ieee").to(dtype)
+        sum = tl.dot(down, tl.trans(b), sum, input_precision="ieee")
+    return sum
 
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x, norm, table, tiles, residual, out, parts, arrived, rows, half, width, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
-    RANK: tl.constexpr, NF4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, squares, table, out, norm, normed, parts, arrived, rows, blocks, width, tiles, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr,
+    KIND: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A tile, or a part of its inner sum: ``out = [residual +] layer([norm] x)``, or ``silu(gate) * up`` of two.
+    """A tile, or a part of its inner sum: ``out = layer(x)``, ``silu(gate(x)) * up(x)``, or, ADDS, ``out += layer(x)``.
 
-    ``x``: ``[rows, half]`` and ``norm``: ``[half]``, two values in each word; ``out`` and ``residual``: ``[rows,
-    width]``. ``tiles``: int32 ``[tiles, 2]``, segment and first column; a gate's segment is before its partner.
-    ``parts``: float32 scratch. ``arrived``: int32, zeros, one for each tile and group of rows, and zeros again
-    afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT parts are all.
+    ``x``: ``[rows, 64 blocks]``; ``out``: ``[rows, width]``. Without ADDS, ``x`` lacks the factor of its norm, which
+    is that of ``squares``: float32 ``[rows, tiles]``, at most NORM tiles. ADDS: ``normed``: ``[rows, width]``, without
+    that factor, and ``squares`` are written for the next norm, of the weights ``norm``: ``[width]``. ``table``: see
+    :data:`FIELDS`; a tile's gate is before its partner. ``parts``: float32 scratch. ``arrived``: int32, zeros, one for
+    each tile and group of rows, and zeros again afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT parts are all.
+    KIND: 0 dense, 1 NF4, 2 int8 with a scale for each output.
     """
     tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = group * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    mine = table + tl.load(tiles + 2 * tile) * _FIELDS
-    first = tl.load(tiles + 2 * tile + 1)
     dtype: tl.constexpr = out.dtype.element_ty
-    word: tl.constexpr = x.dtype.element_ty
-    sum, squares = _product(
-        x, norm, mine, first, row, live, half, part, dtype, word, ROWS, COLUMNS, BLOCKS, RANK, NF4, NORM
+    first = table + tile * (2 * _FIELDS if GATED else _FIELDS)
+    mine, piece = first, part
+    if GATED:
+        mine, piece = first + part // SPLIT * _FIELDS, part % SPLIT
+    sum = _product(
+        x, mine, row, live, piece, blocks, dtype, COLUMNS, BLOCKS, RANK, KIND, NESTED, SHUFFLE, OVERLAP
     )
     other = sum
-    if GATED:
-        partner = mine + _FIELDS
-        other, _ = _product(
-            x, norm, partner, first, row, live, half, part, dtype, word, ROWS, COLUMNS, BLOCKS, RANK, NF4, NORM
-        )  # fmt: skip
     last = True
-    if SPLIT > 1:
-        kept: tl.constexpr = ROWS * (COLUMNS * (2 if GATED else 1) + 1)
+    if SPLIT > 1 or GATED:
         number = tile * tl.num_programs(1) + group
-        base = parts + number * SPLIT * kept
         inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        own = base + part * kept
-        tl.store(own + tl.arange(0, ROWS), squares)
-        tl.store(own + ROWS + inner, sum)
-        if GATED:
-            tl.store(own + ROWS + ROWS * COLUMNS + inner, other)
+        kept: tl.constexpr = ROWS * COLUMNS
+        base = parts + number * tl.num_programs(2) * kept + inner
+        tl.store(base + part * kept, sum, mask=live[:, None])
         tl.debug_barrier()  # all threads' stores are before the count
-        last = tl.atomic_add(arrived + number, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(arrived + number, 1, sem="acq_rel") == tl.num_programs(2) - 1
         if last:
-            sum, other = tl.zeros_like(sum), tl.zeros_like(other)
-            squares = tl.zeros_like(squares)
-            for each in range(SPLIT):
-                seen = base + each * kept
-                squares += tl.load(seen + tl.arange(0, ROWS), cache_modifier=".cg")
-                sum += tl.load(seen + ROWS + inner, cache_modifier=".cg")
-                if GATED:
-                    other += tl.load(seen + ROWS + ROWS * COLUMNS + inner, cache_modifier=".cg")
+            sum = _joined(base, live, SPLIT, kept)
+            if GATED:
+                other = _joined(base + SPLIT * kept, live, SPLIT, kept)
             tl.store(arrived + number, 0)
     if last:
-        factor = tl.rsqrt(squares / (2 * half) + eps) if NORM else squares
-        sum = _with_bias(sum, mine, first, factor, dtype, COLUMNS, NORM)
+        if not ADDS:
+            factor = row_factor(squares, row, live, blocks * _BLOCK, tiles, eps, NORM)
+            sum *= factor[:, None]
+            other *= factor[:, None]
+        sum = _with_bias(sum, first, dtype, COLUMNS)
         if GATED:
-            sum = (
-                sum * tl.sigmoid(sum) * _with_bias(other, mine + _FIELDS, first, factor, dtype, COLUMNS, NORM)
-            )
-        column = first + tl.arange(0, COLUMNS)
-        place = row[:, None] * width + (tl.load(mine + 10).to(tl.int32) + column)[None, :]
-        stored = live[:, None] & (column < tl.load(mine + 9))[None, :]
-        if RESIDUAL:
-            sum += tl.load(residual + place, mask=stored, other=0.0).to(tl.float32)
+            sum = sum * tl.sigmoid(sum) * _with_bias(other, first + _FIELDS, dtype, COLUMNS)
+        column = tl.load(first + 11).to(tl.int32) + tl.arange(0, COLUMNS)
+        inside = column < tl.load(first + 9)
+        stored = live[:, None] & inside[None, :]
+        place = row[:, None] * width + (tl.load(first + 10).to(tl.int32) + column)[None, :]
+        if ADDS:
+            sum += tl.load(out + place, mask=stored, other=0.0).to(tl.float32)
+            exact = tl.where(inside[None, :], sum.to(dtype).to(tl.float32), 0.0)
+            weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(normed + place, (exact * weight[None, :]).to(dtype), mask=stored)
+            tl.store(squares + row * tiles + tile, tl.sum(exact * exact, axis=1), mask=live)
         tl.store(out + place, sum.to(dtype), mask=stored)
 
 
 @triton.jit
-def _with_bias(sum, table, first, factor, dtype: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr):
-    """With the factor of the norm, and the bias where there is one."""
-    if NORM:
-        sum = sum * factor[:, None]
+def _joined(base, live, SPLIT: tl.constexpr, KEPT: tl.constexpr):
+    """The sum of parts in their order."""
+    sum = tl.load(base, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    for each in tl.static_range(1, SPLIT):
+        sum += tl.load(base + each * KEPT, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    return sum
+
+
+@triton.jit
+def row_factor(squares, row, live, size, tiles, eps, NORM: tl.constexpr):
+    """Of the norm of rows."""
+    tile = tl.arange(0, NORM)
+    there = live[:, None] & (tile < tiles)[None, :]
+    found = tl.load(squares + row[:, None] * tiles + tile[None, :], mask=there, other=0.0)
+    return tl.rsqrt(tl.sum(found, axis=1) / size + eps)
+
+
+@triton.jit
+def _with_bias(sum, table, dtype: tl.constexpr, COLUMNS: tl.constexpr):
+    """With the bias where there is one."""
     address = tl.load(table + 6)
-    column = first + tl.arange(0, COLUMNS)
+    column = tl.load(table + 11).to(tl.int32) + tl.arange(0, COLUMNS)
     there = column < tl.where(address != 0, tl.load(table + 9), 0)
     bias = address.to(tl.pointer_type(dtype))
     return sum + tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def normed_kernel(
+    tokens, embeddings, norm, hidden, normed, squares, size, tiles, SIZE: tl.constexpr, TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A token's embedding, ready for the first norm as :func:`linear_kernel` leaves it for the others.
+
+    ``tokens``: int64 ``[rows]``; ``embeddings``: ``[vocabulary, size]``; SIZE and TILES: powers of 2 not below.
+    """
+    row = tl.program_id(0)
+    await_previous(OVERLAP)
+    column, tile = tl.arange(0, SIZE), tl.arange(0, TILES)
+    there = column < size
+    found = tl.load(embeddings + tl.load(tokens + row) * size + column, mask=there, other=0.0)
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    exact = found.to(dtype).to(tl.float32)
+    weight = tl.load(norm + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(hidden + row * size + column, found.to(dtype), mask=there)
+    tl.store(normed + row * size + column, (exact * weight).to(dtype), mask=there)
+    total = tl.sum(exact * exact, axis=0)
+    tl.store(squares + row * tiles + tile, tl.where(tile == 0, total, 0.0), mask=tile < tiles)

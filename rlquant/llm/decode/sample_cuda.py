@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlquant.llm.decode.linear_cuda import row_factor
+from rlquant.llm.decode.overlap import await_previous
+
 __all__ = ["FOUND", "choose_kernel", "head_kernel"]
 
 FOUND = 5
@@ -50,12 +53,15 @@ def _exponential(stream, number):
 
 @triton.jit(do_not_specialize=["rows"])
 def head_kernel(
-    x, norm, weight, seeds, places, out, rows, size, vocabulary, eps, cooling,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GREEDY: tl.constexpr,
+    x, squares, weight, seeds, places, out, rows, size, vocabulary, tiles, eps, cooling,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GREEDY: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``out``: float32 ``[rows, tiles, FOUND]``. ``x``: ``[rows, size]``, before the last norm. ``weight``:
-    ``[vocabulary, size]``. ``seeds``, ``places``: int64 ``[rows]``. ``cooling``: 1 / temperature."""
+    """``out``: float32 ``[rows, tiles, FOUND]``. ``x``: ``[rows, size]``, after the last norm but for its factor, see
+    ``linear_cuda.py`` for that and ``squares``. ``weight``: ``[vocabulary, size]``. ``seeds``, ``places``: int64
+    ``[rows]``. ``cooling``: 1 / temperature."""
     tile, group = tl.program_id(0), tl.program_id(1)
+    await_previous(OVERLAP)
     dtype = x.dtype.element_ty
     row = group * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -63,19 +69,17 @@ def head_kernel(
     there = number < vocabulary
     place = weight + tl.minimum(number, vocabulary - 1).to(tl.int64)[:, None] * size
     logits = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, size, INNER):
         inner = start + tl.arange(0, INNER)
         inside = inner < size
         part = tl.load(
             x + row[:, None] * size + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0
         )
-        exact = part.to(tl.float32)
-        squares += tl.sum(exact * exact, axis=1)
-        part = (exact * tl.load(norm + inner, mask=inside, other=0.0).to(tl.float32)[None, :]).to(dtype)
         each = tl.load(place + inner[None, :], mask=inside[None, :], other=0.0)
         logits = tl.dot(part, tl.trans(each), logits, input_precision="ieee")
-    logits = (logits * tl.rsqrt(squares / size + eps)[:, None]).to(dtype).to(tl.float32) * cooling
+    logits = (logits * row_factor(squares, row, live, size, tiles, eps, NORM)[:, None]).to(dtype).to(
+        tl.float32
+    ) * cooling
     masked = tl.where(there[None, :], logits, float("-inf"))
     score = masked
     if not GREEDY:
@@ -97,7 +101,17 @@ def head_kernel(
 
 @triton.jit
 def choose_kernel(
-    found, tokens, positions, places, drawn, tiles, slots, length, COLUMNS: tl.constexpr, TILES: tl.constexpr
+    found,
+    tokens,
+    positions,
+    places,
+    drawn,
+    tiles,
+    slots,
+    length,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A row's token, and what the next step needs of it.
 
@@ -105,6 +119,7 @@ def choose_kernel(
     float32 ``[3, slots]``: the token, its log-probability, 1 where all logits are finite.
     """
     row = tl.program_id(0)
+    await_previous(OVERLAP)
     tile = tl.arange(0, TILES)
     there = tile < tiles
     at = found + (row * tiles + tile) * _FOUND

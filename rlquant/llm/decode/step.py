@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rlquant.errors import InputError
 from rlquant.llm.decode.attend_cuda import attend_kernel
 from rlquant.llm.decode.cache import CACHES, StaticCache
-from rlquant.llm.decode.linear import FusedLinear, Scratch, row_height
+from rlquant.llm.decode.linear import FusedLinear, Hidden, Scratch, row_height
+from rlquant.llm.decode.overlap import overlap
 from rlquant.llm.decode.sample_cuda import FOUND, choose_kernel, head_kernel
 from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.fused_blocks import SILU
@@ -58,17 +59,20 @@ class FusedStep:
         dtype, config = decoder.dtype, decoder.model.config
         if type(head) is not nn.Linear or head.weight.dtype != dtype or _has_bias(head):
             raise InputError(f"there is no fused step for a head of {type(head).__name__}")
+        if type(decoder.embeddings) is not nn.Embedding:
+            raise InputError(f"there is no fused step for embeddings of {type(decoder.embeddings).__name__}")
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
         self.blocks = [
             (
                 FusedLinear([b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj], dtype),
-                FusedLinear([b.self_attn.o_proj], dtype),
+                FusedLinear([b.self_attn.o_proj], dtype, adds=True),
                 FusedLinear([b.mlp.gate_proj, b.mlp.up_proj], dtype, gated=True),
-                FusedLinear([b.mlp.down_proj], dtype),
+                FusedLinear([b.mlp.down_proj], dtype, adds=True),
             )
             for b in layers
         ]
         slots, device = cache.slots, cache.keys.device
+        self.overlap = overlap(device)
         self.scratch = Scratch(device)
         for block in self.blocks:
             for each in block:
@@ -83,13 +87,13 @@ class FusedStep:
         self.scratch.make()
         self.tiles = -(-head.weight.shape[0] // _HEAD["COLUMNS"])
         new: Any = {"dtype": dtype, "device": device}
-        self.hidden = torch.zeros(slots, config.hidden_size, **new)
+        self.hidden = Hidden.empty(slots, config.hidden_size, **new)
         self.queries = torch.zeros(slots, (self.heads + 2 * self.kv_heads) * size, **new)
         self.mixed = torch.zeros(slots, self.heads * size, **new)
         self.gated = torch.zeros(slots, config.intermediate_size, **new)
         self.found = torch.zeros(slots, self.tiles, FOUND, device=device)
         positions = torch.arange(cache.length, device=device)[None]
-        self.turn = [each[0].contiguous() for each in decoder.turn(self.hidden[None], positions)]
+        self.turn = [each[0].contiguous() for each in decoder.turn(self.hidden.states[None], positions)]
         if self.turn[0].shape[-1] != size:
             raise InputError("a fused step turns whole heads by their position")
 
@@ -101,17 +105,18 @@ class FusedStep:
 
     def __call__(self, slots: int, drawn: Tensor) -> None:
         """The next token of the first slots; ``drawn``: float32 ``[3, cache.slots]``, see ``sample_cuda.py``."""
-        hidden, scratch = self.hidden[:slots], self.scratch
+        hidden, scratch, layers = self.hidden, self.scratch, self.decoder.layers
         queries, mixed, gated = self.queries[:slots], self.mixed[:slots], self.gated[:slots]
-        hidden.copy_(self.decoder.embedded(self.state.tokens[:slots]))
-        for number, (block, fused) in enumerate(zip(self.decoder.layers, self.blocks, strict=True)):
+        following = [*(block.input_layernorm for block in layers[1:]), self.decoder.norm]
+        hidden.begin(self.state.tokens[:slots], self.decoder.embeddings.weight, layers[0].input_layernorm)
+        for number, (block, fused) in enumerate(zip(layers, self.blocks, strict=True)):
             project, out, gate, down = fused
-            project(hidden, queries, scratch, block.input_layernorm)
+            project(hidden, block.input_layernorm, queries, scratch)
             self._attend(number, block.self_attn, queries, mixed)
-            out(mixed, hidden, scratch, residual=hidden)
-            gate(hidden, gated, scratch, block.post_attention_layernorm)
-            down(gated, hidden, scratch, residual=hidden)
-        self._choose(hidden, drawn)
+            out(hidden, block.post_attention_layernorm, mixed, scratch)
+            gate(hidden, block.post_attention_layernorm, gated, scratch)
+            down(hidden, following[number], gated, scratch)
+        self._choose(slots, drawn)
 
     def _attend(self, number: int, part: Any, queries: Tensor, mixed: Tensor) -> None:
         normed = hasattr(part, "q_norm")
@@ -126,22 +131,24 @@ class FusedStep:
             part.q_norm.variance_epsilon if normed else 0.0,
             KIND=CACHES[cache.scheme] if cache.scheme else 0, HALF=self.size // 2, GROUP=self.group,
             HEADS=self.padded, NORM=normed, SPLIT=self.split,
-            **_ATTEND,
+            **_ATTEND, **self.overlap,
         )  # fmt: skip
 
-    def _choose(self, hidden: Tensor, drawn: Tensor) -> None:
-        rows, state = len(hidden), self.state
+    def _choose(self, rows: int, drawn: Tensor) -> None:
+        hidden, state = self.hidden, self.state
         norm, head = self.decoder.norm, self.decoder.model.get_output_embeddings()
         height = row_height(rows)
         temperature = self.sampling.temperature
         head_kernel[(self.tiles, -(-rows // height))](
-            hidden, norm.weight, head.weight, state.seeds, state.places, self.found, rows, hidden.shape[1],
-            head.weight.shape[0], norm.variance_epsilon, 1.0 / (temperature or 1.0),
-            ROWS=height, GREEDY=temperature == 0, **_HEAD,
+            hidden.normed, hidden.squares, head.weight, state.seeds, state.places, self.found, rows,
+            hidden.states.shape[1], head.weight.shape[0], hidden.tiles, norm.variance_epsilon,
+            1.0 / (temperature or 1.0), ROWS=height, GREEDY=temperature == 0,
+            NORM=triton.next_power_of_2(hidden.tiles), **_HEAD, **self.overlap,
         )  # fmt: skip
         choose_kernel[(rows,)](
             self.found, state.tokens, state.positions, state.places, drawn, self.tiles, drawn.shape[1],
-            self.cache.length, COLUMNS=_HEAD["COLUMNS"], TILES=triton.next_power_of_2(self.tiles), num_warps=4,
+            self.cache.length, COLUMNS=_HEAD["COLUMNS"], TILES=triton.next_power_of_2(self.tiles),
+            num_warps=4, **self.overlap,
         )  # fmt: skip
 
 

@@ -1,0 +1,32 @@
+"""Kernels of a step begin while the one before them ends: programmatic dependent launch, on Hopper and later.
+
+A step is a chain of a hundred short kernels, and between two of them a GPU idles for as long as some of them take. Here
+the next one starts as soon as there is room, reads what no kernel of a step writes, such as weights, and waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["await_previous", "overlap"]
+
+_HOPPER = 9
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Arguments of a kernel call on a device."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER
+    return {"OVERLAP": able, "launch_pdl": able}
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Let the next kernel start, and wait for all memory of the one before: both in this order, so in chains too."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
