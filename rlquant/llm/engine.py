@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlquant.devices import free_bytes
 from rlquant.errors import InputError
+from rlquant.llm.decode.prefill import Prefill
 from rlquant.llm.decode.steps import Steps, draw
 from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.sampling import Sampling
@@ -34,8 +35,8 @@ MOST_SLOTS = 128
 """Sequences at a time: more of them share what reading the weights costs, but that is little by then."""
 _SHARE = 0.7
 """Of free memory, that a cache may take."""
-_READ = 8192
-"""Tokens of prompts that are read together, which bounds the memory of their activations."""
+_DRAWN = 16
+"""Sequences whose first tokens are drawn together, which bounds the memory of their logits."""
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Engine:
         self.cache = self.decoder.cache(self._fitting(slots, length, cache), length, cache)
         self.state = State.of(slots, self.cache.keys.device)
         self.steps = Steps(self.decoder, self.cache, self.state, self.sampling)
+        self.prefill = Prefill(self.decoder, self.cache, captured=self.steps.captured, pool=self.steps.pool)
 
     def step(self, slots: int, reach: int) -> Tensor:
         """See :class:`~rlquant.llm.decode.steps.Steps`."""
@@ -216,31 +218,33 @@ class _Batch:
             [self._stream(each) for each in entering.values()], device=self.device
         )
         state.places[slots] = 0
-        return draw(self._read(entering), self.engine.sampling, state, slots, self.cache.length)
+        return self._read(entering)
 
     def _read(self, entering: dict[int, Completion]) -> Tensor:
-        """Logits after prompts, ``[entering, vocabulary]``; each is read in the first of its slots and copied on."""
+        """What is drawn after prompts; each is read in the first of its slots and copied on."""
         same: dict[tuple[int, ...], list[int]] = {}
         for slot, each in entering.items():
             same.setdefault(tuple(self.prompts[each.prompt]), []).append(slot)
-        found: dict[int, Tensor] = {}
-        for part in _parts(list(same)):
-            logits = self._prefill(part, [same[text][0] for text in part])
-            for text, row in zip(part, logits, strict=True):
+        column = {slot: number for number, slot in enumerate(entering)}
+        drawn = torch.empty(3, len(entering), device=self.device)
+        prefill = self.engine.prefill
+        for part in prefill.parts(list(same)):
+            logits = prefill(part, [same[text][0] for text in part])
+            for text in part:
                 first, *others = same[text]
                 if others:
                     self.cache.copy_(first, others, len(text))
-                found |= dict.fromkeys(same[text], row)
-        return torch.stack([found[slot] for slot in entering])
-
-    def _prefill(self, texts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
-        longest = max(map(len, texts))
-        ids = torch.tensor([[*each, *[0] * (longest - len(each))] for each in texts], device=self.device)
-        positions = torch.arange(longest, device=self.device).expand_as(ids)
-        rows = torch.tensor(slots, device=self.device)
-        hidden = self.decoder.hidden(ids, positions, self.cache, rows, longest)
-        ends = torch.tensor([len(each) - 1 for each in texts], device=self.device)
-        return self.decoder.logits(hidden[torch.arange(len(texts), device=self.device), ends])
+            following = [(slot, row) for row, text in enumerate(part) for slot in same[text]]
+            for start in range(0, len(following), _DRAWN):
+                slots, rows = zip(*following[start : start + _DRAWN], strict=True)
+                drawn[:, [column[slot] for slot in slots]] = draw(
+                    logits[list(rows)],
+                    self.engine.sampling,
+                    self.state,
+                    torch.tensor(slots, device=self.device),
+                    self.cache.length,
+                )
+        return drawn
 
     def _extent(self) -> tuple[int, int]:
         """Slots and tokens that the next steps look at: few different numbers, so that shapes come again."""
@@ -268,17 +272,6 @@ class _Batch:
 
     def _stream(self, each: Completion) -> int:
         return zlib.crc32(f"{self.seed}/{each.prompt}/{each.number}".encode())
-
-
-def _parts(texts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts that are read together, so that their tokens with padding stay below a bound."""
-    part: list[tuple[int, ...]] = []
-    for text in texts:
-        if part and max(map(len, [*part, text])) * (len(part) + 1) > _READ:
-            yield part
-            part = []
-        part.append(text)
-    yield part
 
 
 def _not_finite(each: Completion) -> InputError:

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from rlquant.errors import InputError
-from rlquant.llm import engine
 from rlquant.llm.adapter_layer import adapter_layers
 from rlquant.llm.adapters import AdapterSettings
+from rlquant.llm.decode import prefill
 from rlquant.llm.dense_policy import DensePolicy
 from rlquant.llm.engine import Completion, rollout
 from rlquant.llm.model import LanguageModel
@@ -104,12 +104,12 @@ def test_a_packed_embedding_and_head() -> None:
 def test_prompts_that_are_alike_or_many_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = model_of("qwen2"), prompts()
     expected = {each.prompt: each.ids for each in rollout(model, given, max_new_tokens=6, sampling=GREEDY)}
-    monkeypatch.setattr(engine, "_READ", 30)
+    monkeypatch.setattr(prefill, "_EAGER", 30)
     read: list[int] = []
     monkeypatch.setattr(
-        engine._Batch,
-        "_prefill",
-        lambda self, texts, slots, of=engine._Batch._prefill: (
+        prefill.Prefill,
+        "__call__",
+        lambda self, texts, slots, of=prefill.Prefill.__call__: (
             read.append(len(texts)) or of(self, texts, slots)
         ),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlquant.llm.decode.overlap import await_previous
+from rlquant.llm.decode.overlap_cuda import await_previous
 
 __all__ = ["attend_kernel"]
 

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import AdapterLinear
 from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel, normed_kernel
-from rlquant.llm.decode.overlap import overlap
+from rlquant.llm.decode.overlap_cuda import overlap
 from rlquant.llm.fused_nf4 import is_nf4
 
 __all__ = ["FusedLinear", "Hidden", "Scratch", "row_height"]
 
-_TILES = {(0, False): (32, 4, 4), (0, True): (32, 4, 4), (1, False): (32, 4, 4), (1, True): (32, 4, 4)}
-"""Of programs: outputs, blocks of 64 inputs, warps; by the kind of weights (see ``linear_cuda.linear_kernel``) and
-whether the outputs are added to the hidden states."""
 _DENSE, _NF4 = 0, 1
-_HIDDEN_TILE = 32
-"""Outputs of programs that add to the hidden states, of whatever kind: what is kept for a norm counts on it."""
+_COLUMNS, _GATED_COLUMNS = 32, 64
+"""Outputs of a program. What is kept for a norm counts on the former."""
+_WARPS = 4
 
 
 def row_height(rows: int) -> int:
@@ -67,7 +65,7 @@ class Hidden:
     @classmethod
     def empty(cls, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> Hidden:
         """Zeros."""
-        tiles = -(-size // _HIDDEN_TILE)
+        tiles = -(-size // _COLUMNS)
         states, normed = (torch.zeros(slots, size, dtype=dtype, device=device) for _ in range(2))
         return cls(states, normed, torch.zeros(slots * tiles, device=device), tiles)
 
@@ -104,17 +102,26 @@ class FusedLinear:
             self.rank = max(16, triton.next_power_of_2(self.rank))
         for part in self.parts:
             part.make_room(self.rank)
-        self.columns, self.blocks, self.warps = _TILES[self.kind, adds]
-        self.split = -(-self.size // (64 * self.blocks))
+        self.columns = _GATED_COLUMNS if gated else _COLUMNS
         self.width = self.parts[0].width if gated else sum(part.width for part in self.parts)
         self.table = torch.tensor(self._tiles(), device=self.parts[0].device)
         self.tiles = len(self.table) // (1 + gated)
 
+    def plan(self, rows: int) -> tuple[int, int, int]:
+        """Rows, and blocks of 64 inputs, of a program, and the parts into which these blocks split the inputs.
+
+        As much as the registers of a program hold, and the shared memory of GPUs with 100 KB.
+        """
+        height = row_height(rows)
+        held = 256 if self.kind == _DENSE and height == 16 else 128
+        blocks = held // self.columns
+        return height, blocks, -(-self.size // (64 * blocks))
+
     def reserve(self, scratch: Scratch, rows: int) -> None:
         """Ask for what so many rows need."""
-        height = row_height(rows)
+        height, _, split = self.plan(rows)
         programs = self.tiles * -(-rows // height)
-        scratch.need(programs * self.split * (1 + self.gated) * height * self.columns, programs)
+        scratch.need(programs * split * (1 + self.gated) * height * self.columns, programs)
 
     def __call__(self, hidden: Hidden, norm: Any, other: Tensor, scratch: Scratch) -> None:
         """``other = layers(norm(hidden))``, or ``hidden += layers(other)``, before ``norm``.
@@ -126,14 +133,14 @@ class FusedLinear:
             scratch: for sums of parts.
         """
         rows = len(other)
-        height = row_height(rows)
+        height, blocks, split = self.plan(rows)
         x, out = (other, hidden.states) if self.adds else (hidden.normed, other)
-        linear_kernel[(self.tiles, -(-rows // height), self.split * (1 + self.gated))](
+        linear_kernel[(self.tiles, -(-rows // height), split * (1 + self.gated))](
             x, hidden.squares, self.table, out, norm.weight, hidden.normed, scratch.parts, scratch.arrived,
             rows, self.size // 64, self.width, hidden.tiles, norm.variance_epsilon,
-            ROWS=height, COLUMNS=self.columns, BLOCKS=self.blocks, SPLIT=self.split, RANK=self.rank,
+            ROWS=height, COLUMNS=self.columns, BLOCKS=blocks, SPLIT=split, RANK=self.rank,
             KIND=self.kind, NESTED=self.nested, SHUFFLE=x.is_cuda, GATED=self.gated, ADDS=self.adds,
-            NORM=triton.next_power_of_2(hidden.tiles), num_warps=self.warps, **overlap(x.device),
+            NORM=triton.next_power_of_2(hidden.tiles), num_warps=_WARPS, **overlap(x.device),
         )  # fmt: skip
 
     def _tiles(self) -> list[list[int]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlquant.llm.decode.overlap import await_previous
+from rlquant.llm.decode.overlap_cuda import await_previous
 
 __all__ = ["FIELDS", "linear_kernel", "normed_kernel", "row_factor"]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rlquant.llm.decode.linear_cuda import row_factor
-from rlquant.llm.decode.overlap import await_previous
+from rlquant.llm.decode.overlap_cuda import await_previous
 
 __all__ = ["FOUND", "choose_kernel", "head_kernel"]
 

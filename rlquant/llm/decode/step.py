@@ -16,7 +16,7 @@ from rlquant.errors import InputError
 from rlquant.llm.decode.attend_cuda import attend_kernel
 from rlquant.llm.decode.cache import CACHES, StaticCache
 from rlquant.llm.decode.linear import FusedLinear, Hidden, Scratch, row_height
-from rlquant.llm.decode.overlap import overlap
+from rlquant.llm.decode.overlap_cuda import overlap
 from rlquant.llm.decode.sample_cuda import FOUND, choose_kernel, head_kernel
 from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.fused_blocks import SILU

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlquant.devices import has_triton
 from rlquant.errors import InputError
 from rlquant.llm.decode.cache import StaticCache
+from rlquant.llm.decode.graphs import Graph
 from rlquant.llm.decoding import Decoder, State
 from rlquant.llm.sampling import Sampling, choose
 
@@ -25,14 +26,17 @@ class Steps:
 
     Attributes:
         together: how many one call takes.
+        captured: whether they are in graphs.
+        pool: of these graphs' memory.
     """
 
     def __init__(self, decoder: Decoder, cache: StaticCache, state: State, sampling: Sampling) -> None:
         self.decoder, self.cache, self.state, self.sampling = decoder, cache, state, sampling
         self.fused: Any = None
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[tuple[int, int], Graph] = {}
         device = cache.keys.device
         self.captured = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.captured else None
         if self.captured and has_triton():
             from rlquant.llm.decode.step import FusedStep
 
@@ -58,15 +62,14 @@ class Steps:
         key = (slots, 0 if self.fused else reach)
         if key not in self.graphs:
             try:
-                self.graphs[key] = self._capture(slots, reach)
+                written = (self.state.tokens, self.state.positions, self.state.places)
+                self.graphs[key] = Graph(lambda: self._drawn(slots, reach), kept=written, pool=self.pool)
             except RuntimeError as error:  # a layer that waits for the GPU, or a device that has no graphs
                 reason = str(error).partition("\n")[0]
                 warnings.warn(f"rollouts go without CUDA graphs: {reason}", stacklevel=4)
                 self.captured = False
                 return self._drawn(slots, reach)
-        graph, drawn = self.graphs[key]
-        graph.replay()
-        return drawn
+        return self.graphs[key]()
 
     def refresh(self) -> None:
         """Take the adapters as they are now."""
@@ -89,25 +92,6 @@ class Steps:
         drawn[:, :slots] = draw(
             self.decoder.logits(hidden[:, 0]), self.sampling, state, slice(slots), self.cache.length
         )
-
-    def _capture(self, slots: int, reach: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        state = (self.state.tokens, self.state.positions, self.state.places)
-        before = [each.clone() for each in state]
-
-        def restore() -> None:
-            for each, kept in zip(state, before, strict=True):
-                each.copy_(kept)
-
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._drawn(slots, reach)  # kernels are compiled, and libraries take their memory
-            restore()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            drawn = self._drawn(slots, reach)
-        return graph, drawn
 
 
 def draw(logits: Tensor, sampling: Sampling, state: State, slots: Tensor | slice, length: int) -> Tensor:
