@@ -20,7 +20,8 @@ from rlquant.config import Section
 from rlquant.gains import publish_gain
 from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.backbone import BaseSettings, load_backbone, token_counter
-from rlquant.llm.engine_sampler import settled
+from rlquant.llm.decode.cache import CacheScheme
+from rlquant.llm.engine_sampler import DENSE, settled
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
 from rlquant.llm.grpo import EngineGRPOTrainer, GRPORollouts, sampling_arguments
@@ -28,8 +29,8 @@ from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward, rollouts_for_trl, with_prompt_text
-from rlquant.llm.sampling import ROLLOUTS
+from rlquant.llm.rollout import Reward, refuse_cache, rollouts_for_trl, with_prompt_text
+from rlquant.llm.sampling import KV_CACHE, ROLLOUTS
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
 
@@ -54,6 +55,7 @@ class Config(Section):
     answers: int = Field(8, ge=2, description="to each prompt; divides train.batch times train.accumulate")
     new_tokens: int = Field(128, ge=1, description="of an answer")
     rollouts: GRPORollouts = Field("auto", description=f"{ROLLOUTS}; vllm: by TRL")
+    kv_cache: CacheScheme | None = Field(None, description=KV_CACHE)
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
     )
@@ -96,14 +98,17 @@ def main(config: Config, run: RunFolder) -> None:
 
     roll_out, kind = None, GRPOTrainer
     rollouts = settled(config.rollouts, lm.model)
-    if rollouts.startswith("rlquant"):
+    if not rollouts.startswith("rlquant"):
+        refuse_cache(config.kv_cache)
+    else:
         kind = EngineGRPOTrainer
         roll_out = rollouts_for_trl(
             lm,
             max_new_tokens=config.new_tokens,
             temperature=config.temperature,
             seed=config.train.seed,
-            dense=rollouts == "rlquant-dense",
+            dense=DENSE.get(rollouts),
+            cache=config.kv_cache,
         )
     trainer = adapted(
         kind,

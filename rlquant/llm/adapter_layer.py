@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rlquant.errors import InputError
 from rlquant.llm.fused_nf4 import can_fuse, nf4_linear, nf4_lora
-from rlquant.quant import QuantLinear, device_of
+from rlquant.quant import QuantizedWeight, QuantLinear, device_of
 
 __all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "float_weight", "named_as_peft_does"]
 
@@ -34,7 +34,7 @@ class AdapterLinear(LoraLinear):
         dense: takes the place of base and adapters where it is set, see ``dense_policy.py``.
     """
 
-    dense: Tensor | None = None
+    dense: Tensor | QuantizedWeight | None = None
 
     @property
     def acting(self) -> list[str]:
@@ -44,7 +44,8 @@ class AdapterLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's map of ``x``, in the dtype of the base layer's output."""
         if self.dense is not None:
-            return F.linear(x.to(self.dense.dtype), self.dense, self.base_layer.bias).to(x.dtype)
+            dense = self.dense if isinstance(self.dense, Tensor) else self.dense.dequantize(x.dtype)
+            return F.linear(x.to(dense.dtype), dense, self.base_layer.bias).to(x.dtype)
         active = self.acting
         if kwargs or any(name in self.lora_variant for name in active):
             mapped: Tensor = super().forward(x, *args, **kwargs)

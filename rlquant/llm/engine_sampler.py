@@ -10,12 +10,15 @@ from typing import Any
 from rlquant.devices import has_triton
 from rlquant.errors import InputError
 from rlquant.llm.decoding import Decoder
-from rlquant.llm.dense_policy import DensePolicy
+from rlquant.llm.dense_policy import Dense, DensePolicy
 from rlquant.llm.engine import MOST_SLOTS, Completion, Engine
 from rlquant.llm.sampling import Sampling
 from rlquant.quant import device_of
 
-__all__ = ["EngineSampler", "settled"]
+__all__ = ["DENSE", "EngineSampler", "settled"]
+
+DENSE: dict[str, Dense] = {"rlquant-dense": "float", "rlquant-int8": "int8"}
+"""What settings call the dense policies."""
 
 _LENGTHS = 64
 
@@ -27,16 +30,25 @@ class EngineSampler:
         model: in evaluation mode while it is called; the same adapter acts at all calls.
         max_new_tokens: of a completion.
         sampling: how.
-        dense: see ``dense_policy.py``.
+        dense: see :class:`~rlquant.llm.dense_policy.DensePolicy`; None samples from base and adapter as they are.
+        cache: scheme of the KV cache, see :data:`~rlquant.llm.decode.cache.CACHES`.
 
     Raises:
         InputError: as :class:`~rlquant.llm.decoding.Decoder`.
     """
 
-    def __init__(self, model: Any, *, max_new_tokens: int, sampling: Sampling, dense: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        dense: Dense | None = None,
+        cache: str | None = None,
+    ) -> None:
         Decoder(model)
-        self.model, self.max_new_tokens, self.sampling = model, max_new_tokens, sampling
-        self._dense = DensePolicy(model) if dense else None
+        self.model, self.max_new_tokens, self.sampling, self.cache = model, max_new_tokens, sampling, cache
+        self._dense = DensePolicy(model, dense) if dense else None
         self._engine: Engine | None = None
 
     def __call__(
@@ -55,7 +67,9 @@ class EngineSampler:
             if self._engine is not None:
                 slots, length = max(slots, self._engine.slots), max(length, self._engine.length)
                 self._engine = None  # its memory first
-            self._engine = Engine(self.model, slots=slots, length=length, sampling=self.sampling)
+            self._engine = Engine(
+                self.model, slots=slots, length=length, sampling=self.sampling, cache=self.cache
+            )
         return self._engine
 
 

@@ -44,18 +44,17 @@ from torch import Tensor
 
 from rlquant.errors import InputError, not_finite
 from rlquant.llm.adapters import adapter_parameters, tensors_hash
-from rlquant.llm.engine_sampler import settled
 from rlquant.llm.experience import Experience, collect
 from rlquant.llm.learning_rate import check_learning_rate
 from rlquant.llm.losses import AdaptiveKL, policy_loss, value_loss
 from rlquant.llm.ppo_settings import PPOSettings
 from rlquant.llm.roles import Roles
 from rlquant.llm.rollout import (
-    SAMPLERS,
     Generate,
     Reward,
     Rollout,
     eos_ids,
+    generate_with,
     lay_out,
     scores_of,
 )
@@ -96,9 +95,12 @@ class PPO:
         if "critic" not in roles.heads:
             raise InputError("PPO needs a critic: roles.add('critic', ...)")
         self.prompts = _prompts(roles, rows, settings.max_new_tokens)
-        sampler = SAMPLERS[settled(settings.rollouts, roles.model)]
-        self.generate: Generate = generate or sampler(
-            roles, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature
+        self.generate: Generate = generate or generate_with(
+            settings.rollouts,
+            roles,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            cache=settings.kv_cache,
         )
         self.step = 0
         self.kl = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_gain)

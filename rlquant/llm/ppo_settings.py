@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from rlquant.config import Section
-from rlquant.llm.sampling import ROLLOUTS, Rollouts
+from rlquant.llm.decode.cache import CacheScheme
+from rlquant.llm.sampling import KV_CACHE, ROLLOUTS, Rollouts
 
 __all__ = ["PPOSettings"]
 
@@ -30,6 +31,7 @@ class PPOSettings(Section):
     anneal: bool = Field(False, description="let both fall linearly to zero over the steps")
     max_new_tokens: int = Field(64, ge=1, description="of a completion")
     rollouts: Rollouts = Field("auto", description=ROLLOUTS)
+    kv_cache: CacheScheme | None = Field(None, description=KV_CACHE)
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance weights of rlquant's rollouts; null: none"
     )

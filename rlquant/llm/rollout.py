@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +17,14 @@ from torch import Tensor
 from rlquant.errors import InputError
 from rlquant.llm.adapters import base_model
 from rlquant.llm.data import prompt_text
+from rlquant.llm.dense_policy import Dense
 from rlquant.llm.engine import Completion
-from rlquant.llm.engine_sampler import EngineSampler, settled
+from rlquant.llm.engine_sampler import DENSE, EngineSampler, settled
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.roles import Roles
 from rlquant.llm.sampling import Sampling
 
 __all__ = [
-    "SAMPLERS",
     "Complete",
     "EngineGenerate",
     "Generate",
@@ -34,7 +33,9 @@ __all__ = [
     "TransformersGenerate",
     "completer",
     "eos_ids",
+    "generate_with",
     "lay_out",
+    "refuse_cache",
     "rollouts_for_trl",
     "sample",
     "scores_of",
@@ -118,18 +119,28 @@ class EngineGenerate:
         roles: whose policy completes.
         max_new_tokens: of a completion.
         temperature: of the sampling; greater than 0.
-        dense: sample by :class:`~rlquant.llm.dense_policy.DensePolicy`.
+        dense, cache: see :class:`~rlquant.llm.engine_sampler.EngineSampler`.
 
     Raises:
         InputError: as :class:`~rlquant.llm.decoding.Decoder`.
     """
 
     def __init__(
-        self, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, dense: bool = False
+        self,
+        roles: Roles,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        dense: Dense | None = None,
+        cache: str | None = None,
     ) -> None:
         self.roles, self.ends = roles, eos_ids(roles.lm)
         self.sampler = EngineSampler(
-            roles.model, max_new_tokens=max_new_tokens, sampling=Sampling(temperature), dense=dense
+            roles.model,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature),
+            dense=dense,
+            cache=cache,
         )
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[Completion]:
@@ -138,15 +149,39 @@ class EngineGenerate:
             return self.sampler(prompts, stop=self.ends, seed=seed)
 
 
-SAMPLERS: dict[str, Callable[..., Generate]] = {
-    "transformers": TransformersGenerate,
-    "rlquant": EngineGenerate,
-    "rlquant-dense": partial(EngineGenerate, dense=True),
-}
+def generate_with(
+    rollouts: str, roles: Roles, *, max_new_tokens: int, temperature: float = 1.0, cache: str | None = None
+) -> Generate:
+    """What the settings name, see :data:`~rlquant.llm.sampling.ROLLOUTS`.
+
+    Raises:
+        InputError: as :class:`EngineGenerate`, or the cache of another engine is to be quantized.
+    """
+    chosen = settled(rollouts, roles.model)
+    if chosen == "transformers":
+        refuse_cache(cache)
+        return TransformersGenerate(roles, max_new_tokens=max_new_tokens, temperature=temperature)
+    return EngineGenerate(
+        roles, max_new_tokens=max_new_tokens, temperature=temperature, dense=DENSE.get(chosen), cache=cache
+    )
+
+
+def refuse_cache(cache: str | None) -> None:
+    """For what is not the engine. Raises InputError where a quantized cache is asked for."""
+    if cache is not None:
+        raise InputError(
+            f"kv_cache = {cache!r} is the engine's: set rollouts=rlquant, or kv_cache=null for another sampler"
+        )
 
 
 def rollouts_for_trl(
-    lm: LanguageModel, *, max_new_tokens: int, temperature: float, seed: int, dense: bool = False
+    lm: LanguageModel,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dense: Dense | None = None,
+    cache: str | None = None,
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :class:`~rlquant.llm.engine.Engine`.
 
@@ -161,7 +196,11 @@ def rollouts_for_trl(
         if not samplers:
             samplers.append(
                 EngineSampler(
-                    model, max_new_tokens=max_new_tokens, sampling=Sampling(temperature), dense=dense
+                    model,
+                    max_new_tokens=max_new_tokens,
+                    sampling=Sampling(temperature),
+                    dense=dense,
+                    cache=cache,
                 )
             )
         ids = [lm.tokens(prompt) for prompt in prompts]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from rlquant.errors import InputError
 
-__all__ = ["ROLLOUTS", "Rollouts", "Sampling", "choose", "exponential", "stream"]
+__all__ = ["KV_CACHE", "ROLLOUTS", "Rollouts", "Sampling", "choose", "exponential", "stream"]
 
-Rollouts = Literal["auto", "transformers", "rlquant", "rlquant-dense"]
+Rollouts = Literal["auto", "transformers", "rlquant", "rlquant-dense", "rlquant-int8"]
 ROLLOUTS = (
-    "what samples: transformers' generate, rlquant.llm.engine, or that with base and adapter added up; "
-    "auto: the engine on a GPU, for the architectures that it knows"
+    "what samples: transformers' generate, rlquant.llm.engine, or that with base and adapter added up, as floats or "
+    "rounded to int8; auto: the engine on a GPU, for the architectures that it knows"
 )
+KV_CACHE = "how the engine's KV cache is quantized; null: not at all"
 
 
 @dataclass(frozen=True)

@@ -159,13 +159,31 @@ def test_steps_are_those_of_the_layers(
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
-def test_dense_policies_have_steps_too() -> None:
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_dense_policies_have_steps_too(kind: Any) -> None:
     roles = roles_of("qwen2", codes=False)
     settings: dict[str, Any] = {"slots": 2, "length": 32, "sampling": GREEDY}
     with torch.no_grad():
-        layers = drawn_by(roles, fused=False, **settings)
-        with DensePolicy(roles.model).acting():
+        exact = drawn_by(roles, fused=False, **settings)
+        with DensePolicy(roles.model, kind).acting():
+            layers = drawn_by(roles, fused=False, **settings)
             kernels = drawn_by(roles, fused=True, **settings)
+    close = 1e-4 if kind == "float" else 0.3
+    torch.testing.assert_close(kernels[0][:, 1], exact[0][:, 1], rtol=close, atol=close)
+    for one, other in zip(layers, kernels, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_models_in_int8_have_steps_too() -> None:
+    lm = LanguageModel(model_of("llama"), tiny.tokenizer(), "tiny", "fp32")
+    roles = Roles(quantize_model_(lm, Plan.parse("int8")))
+    roles.add("policy", AdapterSettings(rank=4))
+    settings: dict[str, Any] = {"slots": 3, "length": 32, "sampling": Sampling()}
+    with torch.no_grad():
+        for name, each in roles.parameters("policy").items():
+            if "lora_B" in name:
+                each.data.copy_(torch.randn(each.shape, generator=torch.Generator().manual_seed(3)) / 10)
+        layers, kernels = (drawn_by(roles, fused=fused, **settings) for fused in (False, True))
     for one, other in zip(layers, kernels, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
@@ -209,8 +227,8 @@ def test_what_the_kernels_do_not_know_is_refused() -> None:
     with pytest.raises(InputError, match="heads of 32, 64, 128 or 256 values, not 48"):
         step(roles)
     lm = LanguageModel(model_of("qwen2"), tiny.tokenizer(), "tiny", "fp32")
-    quantized = Roles(quantize_model_(lm, Plan.parse("int8")))
-    with pytest.raises(InputError, match="there is no fused step for layers of QuantLinear"):
+    quantized = Roles(quantize_model_(lm, Plan.parse("int4-g32")))
+    with pytest.raises(InputError, match="there is no fused step for layers in int4-g32"):
         step(quantized)
 
 

@@ -360,20 +360,48 @@ def test_vllm_is_asked_for_by_name(
     assert "rollouts = 'vllm' needs the package vllm: pip install vllm" in " ".join(done.err.split())
 
 
-@pytest.mark.parametrize("cap", ["null", "2.0"])
+@pytest.mark.parametrize(
+    ("how", "least", "most"),
+    [
+        (("rollouts=rlquant", "importance_cap=null"), 0, 1e-3),
+        (("rollouts=rlquant", "importance_cap=2.0"), 0, 1e-3),
+        (("rollouts=rlquant-int8", "kv_cache=int8"), 1e-5, 0.3),
+    ],
+)
 def test_grpo_tells_how_far_the_engine_is_from_the_policy(
-    rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path, cap: str
+    rlquant: Run,
+    folder: Path,
+    prompts: Path,
+    check: Path,
+    tmp_path: Path,
+    how: tuple[str, ...],
+    least: float,
+    most: float,
 ) -> None:
     settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones", "train.steps=10", "train.batch=4",
                 "answers=4", "new_tokens=4", "adapters.rank=4", "samples=1", "merge=null", "data.max_prompt=32",
-                "rollouts=rlquant", f"importance_cap={cap}")  # fmt: skip
+                *how)  # fmt: skip
     done = rlquant("run", "grpo-qlora", *settings, "--out", tmp_path / "run")
     assert done.status == 0, done.err
     state = json.loads(next((tmp_path / "run").rglob("trainer_state.json")).read_text())
     logs = [each for each in state["log_history"] if "sampling/sampling_logp_difference/max" in each]
     assert logs
-    assert all(0 <= each["sampling/sampling_logp_difference/max"] < 1e-3 for each in logs)
-    assert all(abs(each["sampling/importance_sampling_ratio/mean"] - 1) < 1e-3 for each in logs)
+    assert all(least <= each["sampling/sampling_logp_difference/max"] < most for each in logs)
+    assert all(abs(each["sampling/importance_sampling_ratio/mean"] - 1) < max(most, 1e-3) for each in logs)
+
+
+def test_a_quantized_cache_is_the_engines(
+    rlquant: Run, folder: Path, prompts: Path, check: Path, tmp_path: Path
+) -> None:
+    settings = (f"model={folder}", f"data={prompts}", f"reward={check}:ones")
+    for recipe, section in (("grpo-qlora", ""), ("ppo-qlora", "ppo.")):
+        how = (f"{section}rollouts=transformers", f"{section}kv_cache=int8")
+        done = rlquant("run", recipe, *settings, *how, "--out", tmp_path / recipe)
+        assert done.status == 2
+        assert "kv_cache = 'int8' is the engine's: set rollouts=rlquant" in " ".join(done.err.split())
+    done = rlquant("run", "ppo-qlora", *settings, "ppo.kv_cache=int5", "--out", tmp_path / "run")
+    assert done.status == 2
+    assert "fp8_e4m3" in done.err
 
 
 @pytest.mark.slow

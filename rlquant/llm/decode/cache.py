@@ -8,13 +8,16 @@ the scale of a key's channel, and tokens are kept back until their group is full
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlquant.errors import InputError, unknown_name
 
-__all__ = ["CACHES", "StaticCache", "cache_bytes"]
+__all__ = ["CACHES", "CacheScheme", "StaticCache", "cache_bytes"]
+
+CacheScheme = Literal["fp8_e4m3", "int8", "int4"]
 
 CACHES = {"fp8_e4m3": 1, "int8": 2, "int4": 3}
 """Schemes, and their numbers in ``attend_cuda.py``."""

@@ -15,10 +15,12 @@ from rlquant.llm.adapter_layer import AdapterLinear
 from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel, normed_kernel
 from rlquant.llm.decode.overlap_cuda import overlap
 from rlquant.llm.fused_nf4 import is_nf4
+from rlquant.quant import QuantizedWeight, QuantLinear, Scheme
 
 __all__ = ["FusedLinear", "Hidden", "Scratch", "row_height"]
 
-_DENSE, _NF4 = 0, 1
+_DENSE, _NF4, _INT8 = 0, 1, 2
+_INT8_SCHEME = Scheme.parse("int8")
 _COLUMNS, _GATED_COLUMNS = 32, 64
 """Outputs of a program. What is kept for a norm counts on the former."""
 _WARPS = 4
@@ -113,7 +115,7 @@ class FusedLinear:
         As much as the registers of a program hold, and the shared memory of GPUs with 100 KB.
         """
         height = row_height(rows)
-        held = 256 if self.kind == _DENSE and height == 16 else 128
+        held = 256 if self.kind != _NF4 and height == 16 else 128
         blocks = held // self.columns
         return height, blocks, -(-self.size // (64 * blocks))
 
@@ -174,22 +176,26 @@ class _Part:
                 self.rank = layer.lora_A[self.adapter].weight.shape[0]
             layer = layer.get_base_layer()
         self.base = layer
-        self.weight: Any = dense if dense is not None else layer.weight
+        self.weight: Any = _weight(layer) if dense is None else dense
         self.kind, self.nested = _DENSE, False
         if dense is None and is_nf4(layer):
             self.kind, self.nested = _NF4, layer.weight.quant_state.state2 is not None
             self.width, self.size = layer.weight.quant_state.shape
+        elif isinstance(self.weight, QuantizedWeight):
+            self.kind = _INT8
+            self.width, self.size = self.weight.shape
         elif (dense is not None or type(layer) is nn.Linear) and self.weight.dtype == dtype:
             self.width, self.size = self.weight.shape
         else:
             raise InputError(
                 f"there is no fused step for layers of {type(layer).__name__} in {self.weight.dtype}"
             )
-        if self.size % 64 or self.weight.data_ptr() % 16:
+        self.values = self.weight.codes if isinstance(self.weight, QuantizedWeight) else self.weight
+        if self.size % 64 or self.values.data_ptr() % 16:
             raise InputError(
                 f"a fused step needs aligned weights and inputs of a multiple of 64, not {self.size}"
             )
-        self.device = self.weight.device
+        self.device = self.values.device
         bias = layer.bias
         self.bias = None if bias is None else bias.detach().to(dtype)
 
@@ -215,5 +221,19 @@ class _Part:
             inner, offset = (state.state2, state.offset) if self.nested else (state, state.code)
             kept = (state.absmax, inner.absmax, inner.code, offset, state.code)
             scales = [each.data_ptr() for each in kept]
+        elif self.kind == _INT8:
+            scales[0] = self.weight.scale.data_ptr()
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        return [self.weight.data_ptr(), *scales, bias, self.a.data_ptr(), self.b.data_ptr()]
+        return [self.values.data_ptr(), *scales, bias, self.a.data_ptr(), self.b.data_ptr()]
+
+
+def _weight(layer: Any) -> Any:
+    """What a layer multiplies by: a tensor, or codes that the kernel knows."""
+    if not isinstance(layer, QuantLinear):
+        return layer.weight
+    packed, plain = layer.packed, layer.input_scale is None and layer.outlier_index is None
+    if plain and packed.scheme == _INT8_SCHEME:
+        return packed
+    raise InputError(
+        f"there is no fused step for layers in {layer.scheme.name}: floats, int8 and bitsandbytes' nf4 have one"
+    )
