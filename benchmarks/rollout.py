@@ -32,11 +32,12 @@ from rlquant.llm.adapters import AdapterSettings
 from rlquant.llm.architecture import built_in
 from rlquant.llm.backbone import BaseSettings, load_backbone
 from rlquant.llm.dense_policy import DensePolicy
-from rlquant.llm.engine import Engine
+from rlquant.llm.engine import Completion, Engine
 from rlquant.llm.roles import Roles
 
 PROMPT, NEW = 128, 256
 BATCHES = (1, 8, 64)
+MODES = ("nf4+lora", "merged", "int8")
 GENERATED = 64
 """Tokens by which generate is timed: its steps cost the same from first to last."""
 GRPO = {"8 x 128": (8, 128, 8), "64 x 256": (64, 256, 8)}
@@ -73,7 +74,8 @@ def clock() -> Iterator[dict[str, float]]:
 def decode(folder: Path) -> dict[str, Any]:
     """Milliseconds a step of generate, the engine, and the engine with dense weights."""
     roles = policy(folder)
-    dense = DensePolicy(roles.model)
+    acting = (nullcontext, DensePolicy(roles.model).acting, DensePolicy(roles.model, "int8").acting)
+    ways = dict(zip(MODES, acting, strict=True))
     found: dict[str, Any] = {}
     for batch in BATCHES:
         ids = torch.randint(10, 200, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)).cuda()
@@ -82,9 +84,10 @@ def decode(folder: Path) -> dict[str, Any]:
         )
         with torch.no_grad(), roles.acting("policy"):
             found[f"generate {batch}"] = _generated(roles, ids, config)
-            for mode, acting in (("nf4+lora", nullcontext), ("merged", dense.acting)):
-                with acting():
-                    found[f"{mode} {batch}"] = _rolled_out(roles, ids.tolist())
+            for mode, way in ways.items():
+                with way():
+                    row, made = _rolled_out(roles, ids.tolist())
+                found[f"{mode} {batch}"] = row | _mismatch(roles, ids[made.prompt].tolist(), made)
     return found
 
 
@@ -98,7 +101,7 @@ def _generated(roles: Roles, ids: torch.Tensor, config: GenerationConfig) -> dic
     return taken | {"steps": GENERATED}
 
 
-def _rolled_out(roles: Roles, prompts: list[list[int]]) -> dict[str, Any]:
+def _rolled_out(roles: Roles, prompts: list[list[int]]) -> tuple[dict[str, Any], Completion]:
     before = torch.cuda.memory_allocated()
     engine = Engine(roles.model, slots=len(prompts), length=PROMPT + NEW)
     complete = lambda seed: list(engine.complete(prompts, max_new_tokens=NEW, seed=seed))  # noqa: E731
@@ -106,17 +109,16 @@ def _rolled_out(roles: Roles, prompts: list[list[int]]) -> dict[str, Any]:
     complete(1)  # graphs for reading prompts are made where a shape comes again
     with clock() as taken:
         made = complete(2)
-    ids = torch.tensor([prompts[made[0].prompt] + made[0].ids], device="cuda")
+    return taken | {"steps": NEW, "cache": engine.cache.nbytes, "before": before}, made[0]
+
+
+def _mismatch(roles: Roles, prompt: list[int], made: Completion) -> dict[str, float]:
+    """Of log-probabilities as they were sampled from those of the policy that learns."""
+    ids = torch.tensor([prompt + made.ids], device="cuda")
     logits = roles.model(ids).logits[0, PROMPT - 1 : -1].float()
     exact = logits.log_softmax(-1).gather(1, ids[0, PROMPT:, None])[:, 0].cpu()
-    off = (exact - torch.tensor(made[0].log_probs)).abs()
-    return taken | {
-        "steps": NEW,
-        "cache": engine.cache.nbytes,
-        "before": before,
-        "mismatch": float(off.mean()),
-        "mismatch_max": float(off.max()),
-    }
+    off = (exact - torch.tensor(made.log_probs)).abs()
+    return {"mismatch": float(off.mean()), "mismatch_max": float(off.max())}
 
 
 def memory(folder: Path) -> dict[str, Any]:
@@ -241,21 +243,25 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def _decode_table(found: dict[str, Any]) -> list[str]:
     lines = [
-        "| batch | generate, ms/step | nf4+lora | ratio | merged | ratio to nf4+lora | mismatch, mean and max "
-        "| over weights and cache, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| batch | generate, ms/step | nf4+lora | ratio | merged | ratio to nf4+lora | int8 | mismatch, mean and max "
+        "| in int8 | over weights and cache, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for batch in BATCHES:
-        each = {mode: found[f"{mode} {batch}"] for mode in ("generate", "nf4+lora", "merged")}
+        each = {mode: found[f"{mode} {batch}"] for mode in ("generate", *MODES)}
         took = {mode: 1e3 * row["seconds"] / row["steps"] for mode, row in each.items()}
         ours = each["nf4+lora"]
         over = (ours["peak"] - ours["before"] - ours["cache"]) / 2**20
         lines.append(
             f"| {batch} | {took['generate']:.1f} | {took['nf4+lora']:.2f} | {took['generate'] / took['nf4+lora']:.1f}x "
-            f"| {took['merged']:.2f} | {took['nf4+lora'] / took['merged']:.2f}x "
-            f"| {ours['mismatch']:.4f}, {ours['mismatch_max']:.3f} | {over:,.0f} |"
+            f"| {took['merged']:.2f} | {took['nf4+lora'] / took['merged']:.2f}x | {took['int8']:.2f} "
+            f"| {_both(ours)} | {_both(each['int8'])} | {over:,.0f} |"
         )
     return [*lines, ""]
+
+
+def _both(row: dict[str, Any]) -> str:
+    return f"{row['mismatch']:.4f}, {row['mismatch_max']:.3f}"
 
 
 def main() -> None:
