@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,40 @@ from rlquant.errors import InputError
 from rlquant.llm.fused_nf4 import can_fuse, nf4_linear, nf4_lora
 from rlquant.quant import QuantizedWeight, QuantLinear, device_of
 
-__all__ = ["BASE_LAYERS", "AdapterLinear", "adapter_layers", "float_weight", "named_as_peft_does"]
+__all__ = [
+    "BASE_LAYERS",
+    "AdapterLinear",
+    "DenseWeight",
+    "adapter_layers",
+    "float_weight",
+    "named_as_peft_does",
+]
 
 BASE_LAYERS: tuple[type[nn.Module], ...] = (QuantLinear, nn.Linear)
 """What takes adapters; bitsandbytes' ``Linear4bit`` and ``Linear8bitLt`` are ``nn.Linear`` too."""
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """Weights that take a layer's place for a while; no part of it, as a module would be.
+
+    Attributes:
+        held: float ``[out, in]``, or quantized.
+    """
+
+    held: Tensor | QuantizedWeight
+
+    def real(self, dtype: torch.dtype) -> Tensor:
+        """``[out, in]``; quantized weights in ``dtype``."""
+        return self.held if isinstance(self.held, Tensor) else self.held.dequantize(dtype)
+
+    def copy_(self, other: DenseWeight) -> None:
+        """Become another of the same kind, in place."""
+        held: Any = other.held
+        if isinstance(self.held, Tensor):
+            self.held.copy_(held)
+        else:
+            self.held.load_state_dict(held.state_dict())
 
 
 class AdapterLinear(LoraLinear):
@@ -34,7 +65,7 @@ class AdapterLinear(LoraLinear):
         dense: takes the place of base and adapters where it is set, see ``dense_policy.py``.
     """
 
-    dense: Tensor | QuantizedWeight | None = None
+    dense: DenseWeight | None = None
 
     @property
     def acting(self) -> list[str]:
@@ -44,7 +75,7 @@ class AdapterLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's map of ``x``, in the dtype of the base layer's output."""
         if self.dense is not None:
-            dense = self.dense if isinstance(self.dense, Tensor) else self.dense.dequantize(x.dtype)
+            dense = self.dense.real(x.dtype)
             return F.linear(x.to(dense.dtype), dense, self.base_layer.bias).to(x.dtype)
         active = self.acting
         if kwargs or any(name in self.lora_variant for name in active):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlquant.errors import InputError
-from rlquant.llm.adapter_layer import AdapterLinear, adapter_layers, float_weight
+from rlquant.llm.adapter_layer import AdapterLinear, DenseWeight, adapter_layers, float_weight
 from rlquant.llm.adapters import base_model
 from rlquant.quant import QuantizedWeight, Scheme
 
@@ -37,7 +37,7 @@ class DensePolicy:
     def __init__(self, model: Any, kind: Dense = "float") -> None:
         self._dtype = next(base_model(model).model.norm.parameters()).dtype
         self._layers = [layer for _, layer in adapter_layers(model)]
-        self._kind, self._sums = kind, list[Tensor | QuantizedWeight]()
+        self._kind, self._sums = kind, list[DenseWeight]()
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -51,7 +51,7 @@ class DensePolicy:
             if number == len(self._sums):
                 self._sums.append(found)
             else:
-                _copy(self._sums[number], found)
+                self._sums[number].copy_(found)
         try:
             for layer, dense in zip(self._layers, self._sums, strict=True):
                 layer.dense = dense
@@ -60,19 +60,12 @@ class DensePolicy:
             for layer in self._layers:
                 layer.dense = None
 
-    def _rounded(self, weight: Tensor) -> Tensor | QuantizedWeight:
+    def _rounded(self, weight: Tensor) -> DenseWeight:
         if self._kind == "float":
-            return weight.to(self._dtype)
+            return DenseWeight(weight.to(self._dtype))
         packed = QuantizedWeight.from_float(weight, _INT8, "the sum of base and adapter")
         packed.caches = False
-        return packed
-
-
-def _copy(to: Tensor | QuantizedWeight, source: Any) -> None:
-    if isinstance(to, Tensor):
-        to.copy_(source)
-    else:
-        to.load_state_dict(source.state_dict())
+        return DenseWeight(packed)
 
 
 @torch.no_grad()

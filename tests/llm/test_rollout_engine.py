@@ -173,6 +173,13 @@ def test_dense_weights_sample_as_base_and_adapter() -> None:
         1 / 0  # noqa: B018
     assert all(layer.dense is None for _, layer in adapter_layers(roles.model))
     assert roles.base_hash() == before
+    names = list(roles.model.state_dict())
+    rounded = completed("int8")
+    with DensePolicy(roles.model, "int8").acting():
+        assert list(roles.model.state_dict()) == names
+    assert rounded != completed("float") == completed("float")
+    for one, other in zip(rounded, completed("float"), strict=True):
+        np.testing.assert_allclose(one.log_probs[0], other.log_probs[0], atol=0.1)
 
 
 def test_doras_sums_have_other_norms() -> None:

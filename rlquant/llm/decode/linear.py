@@ -168,7 +168,8 @@ class _Part:
         self.layer, self.dtype, self.rank, self.adapter = layer, dtype, 0, None
         dense = None
         if isinstance(layer, AdapterLinear):
-            dense, acting = layer.dense, layer.acting
+            dense = None if layer.dense is None else layer.dense.held
+            acting = layer.acting
             if dense is None and acting:
                 if len(acting) > 1 or acting[0] in layer.lora_variant:
                     raise InputError("a fused step takes one adapter, which is not DoRA's")
