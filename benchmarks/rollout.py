@@ -166,6 +166,7 @@ def grpo(size: str, ours: bool) -> Callable[[Path], dict[str, Any]]:
                 "grpo-qlora", f"grpo-{together}", "data=FOLDER/prompts.jsonl", "data.chat=false", "data.held_out=0.01",
                 f"data.max_prompt={PROMPT}", f"answers={group}", f"new_tokens={new}", f"train.batch={together}",
                 "train.accumulate=1", f"train.steps={STEPS}", "train.warmup=0", "samples=1", "merge=null",
+                "beta=0",  # TRL's default, with no reference to compare
                 f"reward={Path(__file__).resolve()}:reward",
             )(folder)  # fmt: skip
         else:

@@ -1,9 +1,10 @@
 """TRL's GRPO trainer with completions of our engine: how far they are from the policy is measured, and corrected.
 
 TRL has that for vLLM alone. What it needs is there as soon as completions come with the log-probabilities that they
-were sampled at, so scoring is told that they do, and sampling is not. The trainer then computes the policy's own once
-more before each update, logs their difference as ``sampling/sampling_logp_difference`` and weighs each token by the
-truncated ratio of both (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+were sampled at. Where tokens are to be weighed by the truncated ratio of both (Yao et al. 2025, "Your Efficient RL
+Framework Secretly Brings You Off-Policy RL Training"), scoring is told that they do, and sampling is not: the trainer
+computes the policy's own once more before each update. Where they are measured only, those of the update serve. Either
+way their difference is logged as ``sampling/sampling_logp_difference``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlquant.errors import InputError
@@ -27,16 +30,20 @@ def sampling_arguments(rollouts: str, cap: float | None) -> dict[str, Any]:
 
     Args:
         rollouts: what samples. vLLM does in this process, as TRL runs it, with weights of its own.
-        cap: weights of tokens go up to it; None measures, and leaves them at 1, nearly.
+        cap: weights of tokens go up to it; None measures, and leaves them at 1.
 
     Raises:
         InputError: vLLM is not installed.
     """
-    bounds = (
-        {"clip_min": 1.0, "clip_max": 1.0 + 2.0**-20} if cap is None else {"clip_min": 0.0, "clip_max": cap}
-    )
-    named = {f"vllm_importance_sampling_{key}": value for key, value in bounds.items()}
-    found = {"vllm_importance_sampling_mode": "token_truncate", **named}
+    if cap is None and rollouts != "vllm":
+        return {"vllm_importance_sampling_correction": False}
+    # Nearly 1, where TRL's own way of measuring is to weigh.
+    low, high = (1.0, 1.0 + 2.0**-20) if cap is None else (0.0, cap)
+    found = {
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high,
+    }
     if rollouts != "vllm":
         return found
     if importlib.util.find_spec("vllm") is None:
@@ -49,11 +56,42 @@ class EngineGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.use_vllm = True  # which from here on means: completions have log-probabilities
+        self._weighs = bool(self.args.vllm_importance_sampling_correction)
+        self.use_vllm = (
+            self._weighs
+        )  # which from here on means: tokens are weighed by their log-probabilities
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.use_vllm = False
         try:
             return super()._generate(prompts)
         finally:
-            self.use_vllm = True
+            self.use_vllm = self._weighs
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._latest = found[0].detach()
+        return found
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        loss = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
+        if (
+            not self._weighs
+        ):  # the policy of the update is the one that sampled: nothing is computed for this alone
+            sampled, completed = inputs["sampling_per_token_logps"], inputs["completion_mask"].bool()
+            self._measure((self._latest - sampled)[completed])
+        return loss
+
+    def _measure(self, off: Tensor) -> None:
+        """Log what the mismatch of some tokens comes to; float32 ``[tokens]``, policy less sampler."""
+        found = {
+            "sampling_logp_difference/mean": off.abs().mean(),
+            "sampling_logp_difference/max": off.abs().amax(),
+            "importance_sampling_ratio/mean": off.exp().mean(),
+            "kl": (off.expm1() - off).mean(),  # of the sampler to the policy, k3 of Schulman 2020
+        }
+        seen = self.accelerator.gather(torch.stack(list(found.values()))[None])
+        for number, name in enumerate(found):
+            column = seen[:, number]
+            value = column.amax() if name.endswith("max") else column.mean()
+            self._metrics["train"][f"sampling/{name}"].append(value.item())

@@ -105,7 +105,8 @@ class QuantizedWeight(Float32Scale):
     @classmethod
     def from_codes(cls, codes: Tensor, qparams: QParams | None, scheme: Scheme) -> QuantizedWeight:
         """Pack codes ``[out, ...]`` that were chosen elsewhere; ``qparams`` have the scheme's scale shape."""
-        self = cls(tuple(codes.shape), scheme).to(codes.device)
+        with codes.device:
+            self = cls(tuple(codes.shape), scheme)
         bits = scheme.stored.bits
         self.codes = pack(codes, bits)
         if qparams is not None:

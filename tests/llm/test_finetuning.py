@@ -388,6 +388,8 @@ def test_grpo_tells_how_far_the_engine_is_from_the_policy(
     assert logs
     assert all(least <= each["sampling/sampling_logp_difference/max"] < most for each in logs)
     assert all(abs(each["sampling/importance_sampling_ratio/mean"] - 1) < max(most, 1e-3) for each in logs)
+    if "importance_cap=2.0" not in how:
+        assert all(least**2 / 10 <= each["sampling/kl"] < most**2 for each in logs)
 
 
 def test_a_quantized_cache_is_the_engines(
