@@ -41,8 +41,8 @@ GRPO = (
     "train.lr=1e-4",
     "new_tokens=24",
     "beta=0.02",
-    "rollouts=transformers",
 )
+INT8 = ("rollouts=rlquant-int8", "kv_cache=int8", "importance_cap=2.0")
 NF4, BF16 = "model.precision=nf4-dq", "model.precision=bf16"
 
 
@@ -56,7 +56,9 @@ def rows() -> dict[str, tuple[str, ...]]:
         "reward": ("reward-qlora", NF4, *written, *LEARN),
         "reward-model": ("reward-qlora", NF4, *model, *LEARN),
         "ppo": ("ppo-qlora", NF4, *PROMPTS, *PPO, *MERGE),
-        "grpo": ("grpo-qlora", NF4, *PROMPTS, *GRPO, *MERGE),
+        "grpo": ("grpo-qlora", NF4, *PROMPTS, *GRPO, "rollouts=transformers", *MERGE),
+        "grpo-engine": ("grpo-qlora", NF4, *PROMPTS, *GRPO, "rollouts=rlquant", "merge=null"),
+        "grpo-int8": ("grpo-qlora", NF4, *PROMPTS, *GRPO, *INT8, "merge=null"),
     }
 
 

@@ -265,3 +265,22 @@ def test_layers_that_the_kernels_do_not_know_go_by_themselves() -> None:
     with roles.acting("policy"), torch.no_grad(), pytest.warns(UserWarning, match="the model's own layers"):
         made = list(rollout(roles.model, [[5, 9], [7, 7, 7]], n=2, max_new_tokens=9, sampling=sampling))
     assert [len(each.ids) for each in made] == [9] * 4
+
+
+@pytest.mark.gpu
+def test_kernels_that_do_not_fit_a_gpu_are_gone_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from rlquant.llm.decode.step import FusedStep
+
+    def too_large(*_: Any) -> None:
+        raise OutOfResources(120_000, 101_376, "shared memory")
+
+    roles = roles_of("qwen2", codes=True)
+    prompts = [[5, 9], [7, 7, 7]]
+    with roles.acting("policy"), torch.no_grad():
+        fused = [each.ids for each in rollout(roles.model, prompts, max_new_tokens=9, sampling=GREEDY)]
+        monkeypatch.setattr(FusedStep, "_step", too_large)
+        with pytest.warns(UserWarning, match="the model's own layers.*shared memory"):
+            made = [each.ids for each in rollout(roles.model, prompts, max_new_tokens=9, sampling=GREEDY)]
+    assert made == fused

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 
 from rlquant.errors import InputError
 from rlquant.llm.decode.attend_cuda import attend_kernel
@@ -26,7 +27,9 @@ __all__ = ["FusedStep"]
 
 _HEAD = {"COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3}
 """Of programs of the head: tokens of the vocabulary, inputs at a time."""
-_ATTEND = {"TOKENS": 128, "num_warps": 4, "num_stages": 2}
+_ATTEND = {"num_warps": 4, "num_stages": 2}
+_READ = 16384
+"""Bytes of keys that attention reads at a time: two such, and values, lie in shared memory."""
 _SPAN = 128
 """Tokens of a cache for which attention takes a further program."""
 
@@ -80,6 +83,7 @@ class FusedStep:
                     each.reserve(self.scratch, rows)
         self.group = self.heads // self.kv_heads
         self.padded = max(16, triton.next_power_of_2(self.group))
+        self.tokens = max(16, min(128, _READ // (size * dtype.itemsize)))
         self.split = min(8, max(1, cache.length // _SPAN))
         self.scratch.need(
             slots * self.kv_heads * self.split * self.padded * (size + 2), slots * self.kv_heads
@@ -104,7 +108,17 @@ class FusedStep:
                 each.refresh()
 
     def __call__(self, slots: int, drawn: Tensor) -> None:
-        """The next token of the first slots; ``drawn``: float32 ``[3, cache.slots]``, see ``sample_cuda.py``."""
+        """The next token of the first slots; ``drawn``: float32 ``[3, cache.slots]``, see ``sample_cuda.py``.
+
+        Raises:
+            InputError: a kernel needs more of a multiprocessor than this GPU has.
+        """
+        try:
+            self._step(slots, drawn)
+        except OutOfResources as error:
+            raise InputError(f"a fused step of {slots} sequences in {self.decoder.dtype}: {error}") from error
+
+    def _step(self, slots: int, drawn: Tensor) -> None:
         hidden, scratch, layers = self.hidden, self.scratch, self.decoder.layers
         queries, mixed, gated = self.queries[:slots], self.mixed[:slots], self.gated[:slots]
         following = [*(block.input_layernorm for block in layers[1:]), self.decoder.norm]
@@ -130,7 +144,7 @@ class FusedStep:
             self.scratch.parts, self.scratch.arrived, self.heads, self.kv_heads, cache.length, part.scaling,
             part.q_norm.variance_epsilon if normed else 0.0,
             KIND=CACHES[cache.scheme] if cache.scheme else 0, HALF=self.size // 2, GROUP=self.group,
-            HEADS=self.padded, NORM=normed, SPLIT=self.split,
+            HEADS=self.padded, NORM=normed, SPLIT=self.split, TOKENS=self.tokens,
             **_ATTEND, **self.overlap,
         )  # fmt: skip
 

@@ -43,8 +43,12 @@ class Steps:
             try:
                 self.fused = FusedStep(decoder, cache, state, sampling)
             except InputError as error:
-                warnings.warn(f"rollouts take the model's own layers: {error}", stacklevel=3)
+                self._unfuse(error)
         self.together = _TOGETHER if self.captured else 1
+
+    def _unfuse(self, error: InputError) -> None:
+        self.fused = None
+        warnings.warn(f"rollouts take the model's own layers: {error}", stacklevel=4)
 
     @torch.no_grad()
     def __call__(self, slots: int, reach: int) -> Tensor:
@@ -64,6 +68,9 @@ class Steps:
             try:
                 written = (self.state.tokens, self.state.positions, self.state.places)
                 self.graphs[key] = Graph(lambda: self._drawn(slots, reach), kept=written, pool=self.pool)
+            except InputError as error:
+                self._unfuse(error)
+                return self._replayed(slots, reach)
             except RuntimeError as error:  # a layer that waits for the GPU, or a device that has no graphs
                 reason = str(error).partition("\n")[0]
                 warnings.warn(f"rollouts go without CUDA graphs: {reason}", stacklevel=4)
