@@ -235,13 +235,13 @@ def test_what_the_kernels_do_not_know_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_graphs_follow_the_adapter(scheme: str | None) -> None:
-    """Tokens and log-probabilities are those of a forward pass over all of the text, before and after an update."""
+    """Tokens and log-probabilities are those of a forward pass over all of the text, before and after updates."""
     roles = roles_of("qwen2", codes=True)
     prompts = [[5, 9, 200], [77], [3, 1, 4, 1, 5, 9, 2, 6], [250, 8]]
     seen = []
     with roles.acting("policy"), torch.no_grad():
         engine = Engine(roles.model, slots=3, length=64, sampling=GREEDY, cache=scheme)
-        for _ in range(2):
+        for _ in range(3):
             made = sorted(engine.complete(prompts, max_new_tokens=21), key=lambda each: each.prompt)
             assert engine.steps.fused is not None
             assert engine.steps.graphs
@@ -256,6 +256,7 @@ def test_graphs_follow_the_adapter(scheme: str | None) -> None:
             for each in roles.parameters("policy").values():
                 each.data.mul_(1.7)
     assert seen[0] != seen[1]
+    assert engine.prefill.graphs
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlquant.errors import InputError
 from rlquant.llm.adapter_layer import AdapterLinear
 from rlquant.llm.decode.linear_cuda import FIELDS, linear_kernel, normed_kernel
-from rlquant.llm.decode.overlap_cuda import overlap
+from rlquant.llm.decode.overlap_cuda import has_ptx, overlap
 from rlquant.llm.fused_nf4 import is_nf4
 from rlquant.quant import QuantizedWeight, QuantLinear, Scheme
 
@@ -141,7 +141,7 @@ class FusedLinear:
             x, hidden.squares, self.table, out, norm.weight, hidden.normed, scratch.parts, scratch.arrived,
             rows, self.size // 64, self.width, hidden.tiles, norm.variance_epsilon,
             ROWS=height, COLUMNS=self.columns, BLOCKS=blocks, SPLIT=split, RANK=self.rank,
-            KIND=self.kind, NESTED=self.nested, SHUFFLE=x.is_cuda, GATED=self.gated, ADDS=self.adds,
+            KIND=self.kind, NESTED=self.nested, SHUFFLE=has_ptx(x.device), GATED=self.gated, ADDS=self.adds,
             NORM=triton.next_power_of_2(hidden.tiles), num_warps=_WARPS, **overlap(x.device),
         )  # fmt: skip
 

@@ -13,15 +13,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["await_previous", "overlap"]
+__all__ = ["await_previous", "has_ptx", "overlap"]
 
 _HOPPER = 9
 
 
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels there may hold NVIDIA's instructions: not in Triton's interpreter, and not for ROCm."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def overlap(device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel call on a device."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER
-    return {"OVERLAP": able, "launch_pdl": able}
+    if has_ptx(device) and torch.cuda.get_device_capability(device)[0] >= _HOPPER:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 @triton.jit
