@@ -29,7 +29,7 @@ from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward, refuse_cache, rollouts_for_trl, with_prompt_text
+from rlquant.llm.rollout import Reward, planned_rollouts, refuse_cache, rollouts_for_trl, with_prompt_text
 from rlquant.llm.sampling import KV_CACHE, ROLLOUTS
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -68,8 +68,8 @@ class Config(Section):
     def workload(self) -> Workload:
         """For the planner."""
         length, new = self.data.max_prompt + self.new_tokens, self.new_tokens
-        cached = self.rollouts != "transformers"
-        return self.train.workload("grpo", seq=length, rank=self.adapters.rank, completion=new, cached=cached)
+        rollouts = planned_rollouts(self.rollouts, self.kv_cache)
+        return self.train.workload("grpo", seq=length, rank=self.adapters.rank, completion=new, **rollouts)
 
 
 def main(config: Config, run: RunFolder) -> None:

@@ -27,7 +27,7 @@ from rlquant.llm.ppo_run import run_ppo
 from rlquant.llm.reporting import Report, check_report
 from rlquant.llm.rewards import load_reward
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import with_prompt_text
+from rlquant.llm.rollout import planned_rollouts, with_prompt_text
 from rlquant.llm.training import require_memory
 from rlquant.runs import RunFolder
 
@@ -64,7 +64,7 @@ class Config(Section):
             task="ppo",
             batch=ppo.microbatch or ppo.minibatch,
             rollout=ppo.batch,
-            cached=ppo.rollouts != "transformers",
+            **planned_rollouts(ppo.rollouts, ppo.kv_cache),
             seq=self.data.max_prompt + new,
             completion=new,
             rank=self.adapters.rank,
@@ -87,6 +87,7 @@ def main(config: Config, run: RunFolder) -> None:
     reward = load_reward(config.reward, lambda: roles)
     ppo = PPO(roles, train, reward, config.ppo)
     learned = run_ppo(ppo, run, every=config.save_every, report=config.report)
+    del ppo  # with what its sampler and its optimizer hold
     outcome = compare_models(
         run,
         base,

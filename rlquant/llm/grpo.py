@@ -56,6 +56,7 @@ class EngineGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._off: list[Tensor] = []
         self._weighs = bool(self.args.vllm_importance_sampling_correction)
         self.use_vllm = (
             self._weighs
@@ -79,11 +80,16 @@ class EngineGRPOTrainer(GRPOTrainer):
             not self._weighs
         ):  # the policy of the update is the one that sampled: nothing is computed for this alone
             sampled, completed = inputs["sampling_per_token_logps"], inputs["completion_mask"].bool()
-            self._measure((self._latest - sampled)[completed])
+            self._off.append((self._latest - sampled)[completed])
+            if self.accelerator.sync_gradients:  # the last batch of an optimizer step
+                self._measure(torch.cat(self._off))
+                self._off.clear()
         return loss
 
     def _measure(self, off: Tensor) -> None:
-        """Log what the mismatch of some tokens comes to; float32 ``[tokens]``, policy less sampler."""
+        """Log what the mismatch of a step's tokens comes to; float32 ``[tokens]``, policy less sampler."""
+        if not len(off):
+            return
         found = {
             "sampling_logp_difference/mean": off.abs().mean(),
             "sampling_logp_difference/max": off.abs().amax(),

@@ -48,6 +48,7 @@ class Workload:
         completion: how many of them are generated (infer, grpo, ppo) [default: half].
         rollout: sequences that are generated at once (grpo, ppo) [default: the batch].
         cached: whether the KV cache of rollouts stays while training goes on, as the engine's does (grpo, ppo).
+        dense: bytes of a weight of the sums of base and adapters that sample (grpo, ppo), kept beside the base.
         kv: of the KV cache: ``bf16``, or a scheme of :mod:`rlquant.llm.kv_cache`.
         rank: of the adapters.
         adapters: dtype of adapters, their gradients and their optimizer state: ``fp32`` or ``bf16``.
@@ -63,6 +64,7 @@ class Workload:
     completion: int | None = None
     rollout: int | None = None
     cached: bool = False
+    dense: int = 0
     kv: str = "bf16"
     rank: int = 16
     adapters: str = "fp32"
@@ -162,6 +164,8 @@ def _held(model: Architecture, precision: Precision, workload: Workload, card: C
         "workspace": threads * (card or Card("", 0)).workspace + precision.unpacked(model),
     }
     if workload.trains:
+        weights = sum(linear.weights for linear in model.linears)
+        held["weights"] += workload.dense * model.layers * weights
         held["adapters"], _, held["optimizer"] = _adapters(model, workload)
     return held
 

@@ -35,6 +35,7 @@ __all__ = [
     "eos_ids",
     "generate_with",
     "lay_out",
+    "planned_rollouts",
     "refuse_cache",
     "rollouts_for_trl",
     "sample",
@@ -166,11 +167,23 @@ def generate_with(
     )
 
 
+def planned_rollouts(rollouts: str, cache: str | None) -> dict[str, Any]:
+    """What the planner's workload is told of them, see :class:`~rlquant.llm.memory.Workload`."""
+    bytes_of = {"float": 2, "int8": 1}
+    dense = DENSE.get(rollouts)
+    return {
+        "cached": rollouts != "transformers",
+        "dense": bytes_of[dense] if dense else 0,
+        "kv": cache or "bf16",
+    }
+
+
 def refuse_cache(cache: str | None) -> None:
     """For what is not the engine. Raises InputError where a quantized cache is asked for."""
     if cache is not None:
         raise InputError(
-            f"kv_cache = {cache!r} is the engine's: set rollouts=rlquant, or kv_cache=null for another sampler"
+            f"kv_cache = {cache!r} is the engine's: set rollouts=rlquant (ppo.rollouts in PPO), or kv_cache=null for "
+            "another sampler"
         )
 
 

@@ -63,7 +63,7 @@ class TrainSettings(Section):
     seed: int = 0
 
     def workload(
-        self, task: str, *, seq: int, rank: int, completion: int | None = None, cached: bool = False
+        self, task: str, *, seq: int, rank: int, completion: int | None = None, **rollouts: Any
     ) -> Workload:
         """What the planner is told of it, see :class:`~rlquant.llm.memory.Workload`."""
         step = self.batch * self.accumulate  # TRL generates for a whole step at once
@@ -73,7 +73,7 @@ class TrainSettings(Section):
             seq=seq,
             completion=completion,
             rollout=step if completion else None,
-            cached=cached,
+            **rollouts,
             rank=rank,
             optimizer="adamw" if self.optimizer == "adamw" else "adamw8bit",
             checkpointing=self.checkpointing,

@@ -40,6 +40,7 @@ from rlquant.llm.cards import CARDS, find_card
 from rlquant.llm.fitting import fits, largest, require_fit
 from rlquant.llm.memory import TASKS, Workload, plan_memory
 from rlquant.llm.precision import Precision
+from rlquant.llm.rollout import planned_rollouts
 from rlquant.quant import QuantizedWeight, Scheme
 
 MB, MiB = 10**6, 2**20
@@ -435,3 +436,17 @@ def test_a_cache_that_stays_counts_in_training_too() -> None:
     )  # bytes of a token of this architecture: 24 layers, 2 heads of 64, keys and values
     assert staying.stages["backward"] - fleeting.stages["backward"] == cache
     assert staying.stages["generation"] == fleeting.stages["generation"]
+
+
+def test_sums_that_sample_and_their_cache_count() -> None:
+    model, kind = read_architecture(QWEN), Precision.parse("nf4-dq")
+
+    def peak(rollouts: str, cache: str | None) -> int:
+        work = Workload(task="grpo", batch=8, seq=512, rollout=64, **planned_rollouts(rollouts, cache))
+        return plan_memory(model, kind, work).stages["backward"]
+
+    weights = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+    assert peak("rlquant-int8", None) - peak("rlquant", None) == weights
+    assert peak("rlquant-dense", None) - peak("rlquant", None) == 2 * weights
+    cache = 64 * 512 * 12_288
+    assert 0.4 * cache < peak("rlquant", None) - peak("rlquant", "int8") < 0.5 * cache

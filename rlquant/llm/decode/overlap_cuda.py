@@ -11,7 +11,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # before Triton 3.5
+    gdc_launch_dependents = gdc_wait = None
 
 __all__ = ["await_previous", "has_ptx", "overlap"]
 
@@ -25,7 +29,7 @@ def has_ptx(device: torch.device) -> bool:
 
 def overlap(device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel call on a device."""
-    if has_ptx(device) and torch.cuda.get_device_capability(device)[0] >= _HOPPER:
+    if gdc_wait is not None and has_ptx(device) and torch.cuda.get_device_capability(device)[0] >= _HOPPER:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 

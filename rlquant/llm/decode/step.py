@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, nn
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from rlquant.errors import InputError
 from rlquant.llm.decode.attend_cuda import attend_kernel
@@ -111,12 +111,14 @@ class FusedStep:
         """The next token of the first slots; ``drawn``: float32 ``[3, cache.slots]``, see ``sample_cuda.py``.
 
         Raises:
-            InputError: a kernel needs more of a multiprocessor than this GPU has.
+            InputError: a kernel does not compile for this GPU, or needs more of it than there is.
         """
         try:
             self._step(slots, drawn)
-        except OutOfResources as error:
-            raise InputError(f"a fused step of {slots} sequences in {self.decoder.dtype}: {error}") from error
+        except TritonError as error:  # it needs what this GPU has not, such as shared memory or fp8
+            raise InputError(
+                f"a fused step of {slots} sequences in {self.decoder.dtype}: {_last_line(error)}"
+            ) from error
 
     def _step(self, slots: int, drawn: Tensor) -> None:
         hidden, scratch, layers = self.hidden, self.scratch, self.decoder.layers
@@ -173,3 +175,8 @@ def _has_bias(layer: Any) -> bool:
 def _powers(slots: int) -> list[int]:
     """Numbers of slots that steps look at."""
     return [*(1 << each for each in range(slots.bit_length()) if 1 << each < slots), slots]
+
+
+def _last_line(error: Exception) -> str:
+    """What a compiler says after where."""
+    return str(error).strip().rpartition("\n")[2]

@@ -48,6 +48,7 @@ class Steps:
 
     def _unfuse(self, error: InputError) -> None:
         self.fused = None
+        self.graphs.clear()
         warnings.warn(f"rollouts take the model's own layers: {error}", stacklevel=4)
 
     @torch.no_grad()
