@@ -58,9 +58,8 @@ class EngineGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._off: list[Tensor] = []
         self._weighs = bool(self.args.vllm_importance_sampling_correction)
-        self.use_vllm = (
-            self._weighs
-        )  # which from here on means: tokens are weighed by their log-probabilities
+        # From here on it means: tokens are weighed by their log-probabilities.
+        self.use_vllm = self._weighs
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.use_vllm = False
@@ -76,9 +75,8 @@ class EngineGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         loss = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
-        if (
-            not self._weighs
-        ):  # the policy of the update is the one that sampled: nothing is computed for this alone
+        if not self._weighs:
+            # The policy of the update is the one that sampled: nothing is computed for this alone.
             sampled, completed = inputs["sampling_per_token_logps"], inputs["completion_mask"].bool()
             self._off.append((self._latest - sampled)[completed])
             if self.accelerator.sync_gradients:  # the last batch of an optimizer step
