@@ -110,7 +110,7 @@ def drawn_by(
     rows, positions = torch.arange(slots)[:, None], torch.arange(length).expand(slots, -1)
     for layer in range(len(decoder.layers)):
         new = (torch.randn(slots, length, 2, 32, generator=generator) for _ in range(2))
-        cache.write(layer, rows.to(DEVICE), positions.to(DEVICE), *(each.to(DEVICE) for each in new))
+        cache.write(layer, rows.to(DEVICE), positions.to(DEVICE), *(each.to(DEVICE, decoder.dtype) for each in new))
     state = State.of(slots, cache.keys.device)
     state.tokens.copy_(torch.randint(0, 260, (slots,), generator=generator))
     state.positions.copy_(torch.randint(0, length - STEPS - 1, (slots,), generator=generator))
@@ -157,6 +157,25 @@ def test_steps_are_those_of_the_layers(
     assert (kernels[0][:, 2] == 1).all()
     for one, other in zip(layers, kernels, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_states_in_float16_may_be_large() -> None:
+    """With its weights but without its factor, what a norm gives would be beyond float16."""
+    roles = roles_of("qwen2", codes=False, packed=False)
+    with torch.no_grad():
+        base = base_model(roles.model)
+        base.model.embed_tokens.weight *= 50_000.0
+        base.lm_head.weight = nn.Parameter(base.model.embed_tokens.weight / 50_000)
+        for norm in (base.model.layers[0].input_layernorm, base.model.norm):
+            norm.weight.fill_(10.0)
+        for name, each in base.named_parameters():
+            if "lora" not in name:
+                each.data = each.data.half()
+        settings: dict[str, Any] = {"slots": 3, "length": 40, "sampling": GREEDY}
+        layers, kernels = (drawn_by(roles, fused=fused, **settings) for fused in (False, True))
+    assert (kernels[0][:, 2] == 1).all()
+    for one, other in zip(layers, kernels, strict=True):
+        torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

@@ -54,7 +54,7 @@ class Hidden:
 
     Attributes:
         states: ``[slots, size]``.
-        normed: ``[slots, size]``, times the weights of the norm that follows.
+        normed: ``[slots, size]``, times the weights of the norm that follows; float32 for states in float16.
         squares: float32 ``[slots * tiles]``, sums over a row's tiles.
         tiles: of a row.
     """
@@ -68,7 +68,8 @@ class Hidden:
     def empty(cls, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> Hidden:
         """Zeros."""
         tiles = -(-size // _COLUMNS)
-        states, normed = (torch.zeros(slots, size, dtype=dtype, device=device) for _ in range(2))
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        states, normed = (torch.zeros(slots, size, dtype=each, device=device) for each in (dtype, wide))
         return cls(states, normed, torch.zeros(slots * tiles, device=device), tiles)
 
     def begin(self, tokens: Tensor, embeddings: Tensor, norm: Any) -> None:

@@ -2,7 +2,8 @@
 
 With one token of each sequence a layer is a thin matrix product, and what it costs is launches and waiting, not work.
 So one kernel does all that belongs to a product. A layer that adds to the hidden states also prepares the RMSNorm that
-follows: the states times its weights, and their squares; the factor of each row is applied after the next product.
+follows: the states times its weights, and their squares; the factor of each row is applied after the next product. In
+float16, which does not reach as far as such states do, they are kept in float32, and get it before that product.
 The adapter's two products go along, SwiGLU comes last. bitsandbytes' NF4 codes are read in place, each value rounded to
 the dtype of the states as it is in training.
 
@@ -111,9 +112,9 @@ def _unpacked(
 
 @triton.jit
 def _product(
-    x, table, row, live, part, blocks, dtype: tl.constexpr,
+    x, squares, table, row, live, part, blocks, tiles, eps, dtype: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr,
-    SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
+    SHUFFLE: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``[rows, COLUMNS]``, of BLOCKS blocks of inputs.
 
@@ -141,6 +142,8 @@ def _product(
         b = tl.load(_address(table, 8, dtype) + column[:, None] * RANK + rank[None, :])
     await_previous(OVERLAP)
     states = tl.load(x + row[:, None] * size + inner[None, :], mask=live[:, None] & there, other=0.0)
+    if x.dtype.element_ty != dtype:
+        states = (states * row_factor(squares, row, live, size, tiles, eps, NORM)[:, None]).to(dtype)
     sum = tl.dot(states, tl.trans(weight), input_precision="ieee")
     if KIND == 2:
         sum *= scale[None, :]
@@ -160,7 +163,8 @@ def linear_kernel(
     """A tile, or a part of its inner sum: ``out = layer(x)``, ``silu(gate(x)) * up(x)``, or, ADDS, ``out += layer(x)``.
 
     ``x``: ``[rows, 64 blocks]``; ``out``: ``[rows, width]``. Without ADDS, ``x`` lacks the factor of its norm, which
-    is that of ``squares``: float32 ``[rows, tiles]``, at most NORM tiles. ADDS: ``normed``: ``[rows, width]``, without
+    is that of ``squares``: float32 ``[rows, tiles]``, at most NORM tiles; where ``x`` is of another dtype than ``out``
+    it gets the factor before it is rounded to that, else after the product. ADDS: ``normed``: ``[rows, width]``, without
     that factor, and ``squares`` are written for the next norm, of the weights ``norm``: ``[width]``. ``table``: see
     :data:`FIELDS`; a tile's gate is before its partner. ``parts``: float32 scratch. ``arrived``: int32, zeros, one for
     each tile and group of rows, and zeros again afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT parts are all.
@@ -175,8 +179,9 @@ def linear_kernel(
     if GATED:
         mine, piece = first + part // SPLIT * _FIELDS, part % SPLIT
     sum = _product(
-        x, mine, row, live, piece, blocks, dtype, COLUMNS, BLOCKS, RANK, KIND, NESTED, SHUFFLE, OVERLAP
-    )
+        x, squares, mine, row, live, piece, blocks, tiles, eps, dtype, COLUMNS, BLOCKS, RANK, KIND, NESTED, SHUFFLE,
+        NORM, OVERLAP,
+    )  # fmt: skip
     other = sum
     last = True
     if SPLIT > 1 or GATED:
@@ -193,7 +198,7 @@ def linear_kernel(
                 other = _joined(base + SPLIT * kept, live, SPLIT, kept)
             tl.store(arrived + number, 0)
     if last:
-        if not ADDS:
+        if not ADDS and x.dtype.element_ty == dtype:
             factor = row_factor(squares, row, live, blocks * _BLOCK, tiles, eps, NORM)
             sum *= factor[:, None]
             other *= factor[:, None]
@@ -208,7 +213,7 @@ def linear_kernel(
             sum += tl.load(out + place, mask=stored, other=0.0).to(tl.float32)
             exact = tl.where(inside[None, :], sum.to(dtype).to(tl.float32), 0.0)
             weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(normed + place, (exact * weight[None, :]).to(dtype), mask=stored)
+            tl.store(normed + place, (exact * weight[None, :]).to(normed.dtype.element_ty), mask=stored)
             tl.store(squares + row * tiles + tile, tl.sum(exact * exact, axis=1), mask=live)
         tl.store(out + place, sum.to(dtype), mask=stored)
 
@@ -259,6 +264,6 @@ def normed_kernel(
     exact = found.to(dtype).to(tl.float32)
     weight = tl.load(norm + column, mask=there, other=0.0).to(tl.float32)
     tl.store(hidden + row * size + column, found.to(dtype), mask=there)
-    tl.store(normed + row * size + column, (exact * weight).to(dtype), mask=there)
+    tl.store(normed + row * size + column, (exact * weight).to(normed.dtype.element_ty), mask=there)
     total = tl.sum(exact * exact, axis=0)
     tl.store(squares + row * tiles + tile, tl.where(tile == 0, total, 0.0), mask=tile < tiles)

@@ -62,24 +62,28 @@ def head_kernel(
     ``[rows]``. ``cooling``: 1 / temperature."""
     tile, group = tl.program_id(0), tl.program_id(1)
     await_previous(OVERLAP)
-    dtype = x.dtype.element_ty
+    dtype = weight.dtype.element_ty
     row = group * ROWS + tl.arange(0, ROWS)
     live = row < rows
     number = tile * COLUMNS + tl.arange(0, COLUMNS)
     there = number < vocabulary
     place = weight + tl.minimum(number, vocabulary - 1).to(tl.int64)[:, None] * size
     logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if x.dtype.element_ty != dtype:
+        factor = row_factor(squares, row, live, size, tiles, eps, NORM)
     for start in range(0, size, INNER):
         inner = start + tl.arange(0, INNER)
         inside = inner < size
         part = tl.load(
             x + row[:, None] * size + inner[None, :], mask=live[:, None] & inside[None, :], other=0.0
         )
+        if x.dtype.element_ty != dtype:
+            part = (part * factor[:, None]).to(dtype)
         each = tl.load(place + inner[None, :], mask=inside[None, :], other=0.0)
         logits = tl.dot(part, tl.trans(each), logits, input_precision="ieee")
-    logits = (logits * row_factor(squares, row, live, size, tiles, eps, NORM)[:, None]).to(dtype).to(
-        tl.float32
-    ) * cooling
+    if x.dtype.element_ty == dtype:
+        logits *= row_factor(squares, row, live, size, tiles, eps, NORM)[:, None]
+    logits = logits.to(dtype).to(tl.float32) * cooling
     masked = tl.where(there[None, :], logits, float("-inf"))
     score = masked
     if not GREEDY:
