@@ -24,12 +24,12 @@ from rlquant.llm.decode.cache import CacheScheme
 from rlquant.llm.engine_sampler import DENSE, settled
 from rlquant.llm.examples import DataSettings, read_examples, require_data
 from rlquant.llm.finish import compare_models, reward_scorer, write_samples
-from rlquant.llm.grpo import EngineGRPOTrainer, GRPORollouts, sampling_arguments
+from rlquant.llm.grpo import EngineGRPOTrainer, EngineRollouts, GRPORollouts, sampling_arguments
 from rlquant.llm.memory import Workload
 from rlquant.llm.merge import MergeSettings
 from rlquant.llm.rewards import load_reward, reward_for_trl
 from rlquant.llm.roles import Roles
-from rlquant.llm.rollout import Reward, planned_rollouts, refuse_cache, rollouts_for_trl, with_prompt_text
+from rlquant.llm.rollout import Reward, planned_rollouts, refuse_cache, with_prompt_text
 from rlquant.llm.sampling import KV_CACHE, ROLLOUTS
 from rlquant.llm.training import TrainSettings, adapted, fit, require_memory, trainer_arguments
 from rlquant.runs import RunFolder
@@ -102,7 +102,7 @@ def main(config: Config, run: RunFolder) -> None:
         refuse_cache(config.kv_cache)
     else:
         kind = EngineGRPOTrainer
-        roll_out = rollouts_for_trl(
+        roll_out = EngineRollouts(
             lm,
             max_new_tokens=config.new_tokens,
             temperature=config.temperature,
@@ -121,6 +121,8 @@ def main(config: Config, run: RunFolder) -> None:
     )
     loaded.append(load_reward(config.reward, lambda: Roles(lm.but(model=trainer.model))))
     learned = fit(trainer, run, config.train, lm.model)
+    if roll_out is not None:
+        roll_out.release()  # models are compared by engines of their own
     outcome = compare_models(
         run,
         base,

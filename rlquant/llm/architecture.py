@@ -109,6 +109,11 @@ class Architecture:
         )
 
     @property
+    def block_weights(self) -> int:
+        """Elements of the linear layers of all blocks, without biases."""
+        return self.layers * sum(linear.weights for linear in self.linears)
+
+    @property
     def vectors(self) -> int:
         """Elements of all norms and biases, which no scheme quantizes."""
         norms = self.norms * self.hidden + (2 * self.head_dim if self.head_norms else 0)
@@ -123,8 +128,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """All weights, a tied matrix counted once."""
-        blocks = self.layers * sum(linear.weights for linear in self.linears)
-        return blocks + self.tables * self.vocabulary * self.hidden + self.vectors
+        return self.block_weights + self.tables * self.vocabulary * self.hidden + self.vectors
 
     def cached_tokens(self, tokens: int) -> int:
         """Tokens that all layers together keep of a sequence of ``tokens``: a sliding window forgets the rest."""

@@ -10,6 +10,7 @@ way their difference is logged as ``sampling/sampling_logp_difference``.
 from __future__ import annotations
 
 import importlib.util
+import zlib
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlquant.errors import InputError
-from rlquant.llm.sampling import Rollouts
+from rlquant.llm.dense_policy import Dense
+from rlquant.llm.engine_sampler import EngineSampler
+from rlquant.llm.model import LanguageModel
+from rlquant.llm.rollout import eos_ids
+from rlquant.llm.sampling import Rollouts, Sampling
 
-__all__ = ["EngineGRPOTrainer", "GRPORollouts", "sampling_arguments"]
-
+__all__ = ["EngineGRPOTrainer", "EngineRollouts", "GRPORollouts", "sampling_arguments"]
 
 GRPORollouts = Rollouts | Literal["vllm"]
 
@@ -51,6 +55,63 @@ def sampling_arguments(rollouts: str, cap: float | None) -> dict[str, Any]:
     return {**found, "use_vllm": True, "vllm_mode": "colocate"}
 
 
+class EngineRollouts:
+    """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :class:`~rlquant.llm.engine.Engine`.
+
+    Prompts are text, repeated for each completion; those of a group are read once. Every step and process has a seed of
+    its own, so that a resumed run samples as the uninterrupted one.
+
+    Args:
+        lm: whose model the trainer adapts.
+        max_new_tokens: of a completion.
+        temperature: of the sampling; greater than 0.
+        seed: of the run.
+        dense, cache: see :class:`~rlquant.llm.engine_sampler.EngineSampler`.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        dense: Dense | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self._lm, self._seed, self._ends = lm, seed, eos_ids(lm)
+        self._settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": Sampling(temperature),
+            "dense": dense,
+            "cache": cache,
+        }
+        self._sampler: EngineSampler | None = None
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """What TRL asks of a ``rollout_func``."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self._sampler is None:
+            self._sampler = EngineSampler(model, **self._settings)
+        ids = [self._lm.tokens(prompt) for prompt in prompts]
+        turn = f"{self._seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}"
+        was_training = model.training
+        model.eval()
+        try:
+            made = self._sampler(ids, stop=self._ends, seed=zlib.crc32(turn.encode()))
+        finally:
+            model.train(was_training)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [each.ids for each in made],
+            "logprobs": [each.log_probs for each in made],
+        }
+
+    def release(self) -> None:
+        """Give back the memory of cache, graphs and dense weights; the next call takes it again."""
+        self._sampler = None
+
+
 class EngineGRPOTrainer(GRPOTrainer):
     """With a ``rollout_func`` that gives log-probabilities; its arguments include :func:`sampling_arguments`."""
 
@@ -75,7 +136,7 @@ class EngineGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         loss = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
-        if not self._weighs:
+        if model.training and not self._weighs:
             # The policy of the update is the one that sampled: nothing is computed for this alone.
             sampled, completed = inputs["sampling_per_token_logps"], inputs["completion_mask"].bool()
             self._off.append((self._latest - sampled)[completed])

@@ -164,8 +164,7 @@ def _held(model: Architecture, precision: Precision, workload: Workload, card: C
         "workspace": threads * (card or Card("", 0)).workspace + precision.unpacked(model),
     }
     if workload.trains:
-        weights = sum(linear.weights for linear in model.linears)
-        held["weights"] += workload.dense * model.layers * weights
+        held["weights"] += workload.dense * model.block_weights
         held["adapters"], _, held["optimizer"] = _adapters(model, workload)
     return held
 

@@ -6,7 +6,6 @@ What completes them is a function of token ids, so that a faster engine can take
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +36,6 @@ __all__ = [
     "lay_out",
     "planned_rollouts",
     "refuse_cache",
-    "rollouts_for_trl",
     "sample",
     "scores_of",
     "with_prompt_text",
@@ -185,52 +183,6 @@ def refuse_cache(cache: str | None) -> None:
             f"kv_cache = {cache!r} is the engine's: set rollouts=rlquant (ppo.rollouts in PPO), or kv_cache=null for "
             "another sampler"
         )
-
-
-def rollouts_for_trl(
-    lm: LanguageModel,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    dense: Dense | None = None,
-    cache: str | None = None,
-) -> Callable[[list[str], Any], dict[str, Any]]:
-    """The ``rollout_func`` of TRL's ``GRPOTrainer``: completions by :class:`~rlquant.llm.engine.Engine`.
-
-    Prompts are text, repeated for each completion; those of a group are read once. Every step and process has a seed of
-    its own, so that a resumed run samples as the uninterrupted one.
-    """
-    samplers: list[EngineSampler] = []
-    ends = eos_ids(lm)
-
-    def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if not samplers:
-            samplers.append(
-                EngineSampler(
-                    model,
-                    max_new_tokens=max_new_tokens,
-                    sampling=Sampling(temperature),
-                    dense=dense,
-                    cache=cache,
-                )
-            )
-        ids = [lm.tokens(prompt) for prompt in prompts]
-        turn = zlib.crc32(f"{seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}".encode())
-        was_training = model.training
-        model.eval()
-        try:
-            made = samplers[0](ids, stop=ends, seed=turn)
-        finally:
-            model.train(was_training)
-        return {
-            "prompt_ids": ids,
-            "completion_ids": [each.ids for each in made],
-            "logprobs": [each.log_probs for each in made],
-        }
-
-    return roll_out
 
 
 Complete = Callable[[Sequence[Sequence[int]], int], list[list[int]]]

@@ -110,7 +110,9 @@ def drawn_by(
     rows, positions = torch.arange(slots)[:, None], torch.arange(length).expand(slots, -1)
     for layer in range(len(decoder.layers)):
         new = (torch.randn(slots, length, 2, 32, generator=generator) for _ in range(2))
-        cache.write(layer, rows.to(DEVICE), positions.to(DEVICE), *(each.to(DEVICE, decoder.dtype) for each in new))
+        cache.write(
+            layer, rows.to(DEVICE), positions.to(DEVICE), *(each.to(DEVICE, decoder.dtype) for each in new)
+        )
     state = State.of(slots, cache.keys.device)
     state.tokens.copy_(torch.randint(0, 260, (slots,), generator=generator))
     state.positions.copy_(torch.randint(0, length - STEPS - 1, (slots,), generator=generator))

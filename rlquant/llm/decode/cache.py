@@ -8,7 +8,7 @@ the scale of a key's channel, and tokens are kept back until their group is full
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ __all__ = ["CACHES", "CacheScheme", "StaticCache", "cache_bytes"]
 
 CacheScheme = Literal["fp8_e4m3", "int8", "int4"]
 
-CACHES = {"fp8_e4m3": 1, "int8": 2, "int4": 3}
+CACHES = {scheme: number for number, scheme in enumerate(get_args(CacheScheme), start=1)}
 """Schemes, and their numbers in ``attend_cuda.py``."""
 _LEVELS = {"int8": 255, "int4": 15}
 _LARGEST = 448.0

@@ -27,13 +27,15 @@ class Graph:
         self, function: Callable[[], Tensor], *, kept: Sequence[Tensor] = (), pool: Any = None
     ) -> None:
         before = [each.clone() for each in kept]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()  # kernels are compiled, and libraries take their memory
+        main, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(main)
+        try:
+            with torch.cuda.stream(aside):
+                function()  # kernels are compiled, and libraries take their memory
+        finally:  # what goes on without a graph finds all as it was
+            main.wait_stream(aside)
             for each, value in zip(kept, before, strict=True):
                 each.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._found = function()

@@ -17,7 +17,7 @@ from rlquant.llm.decode.overlap_cuda import has_ptx, overlap
 from rlquant.llm.fused_nf4 import is_nf4
 from rlquant.quant import QuantizedWeight, QuantLinear, Scheme
 
-__all__ = ["FusedLinear", "Hidden", "Scratch", "row_height"]
+__all__ = ["FusedLinear", "Hidden", "Scratch", "is_plain", "row_height"]
 
 _DENSE, _NF4, _INT8 = 0, 1, 2
 _INT8_SCHEME = Scheme.parse("int8")
@@ -193,9 +193,11 @@ class _Part:
                 f"there is no fused step for layers of {type(layer).__name__} in {self.weight.dtype}"
             )
         self.values = self.weight.codes if isinstance(self.weight, QuantizedWeight) else self.weight
-        if self.size % 64 or self.values.data_ptr() % 16:
+        if self.size % 64:
+            raise InputError(f"a fused step needs inputs of a multiple of 64, not {self.size}")
+        if not is_plain(self.values):
             raise InputError(
-                f"a fused step needs aligned weights and inputs of a multiple of 64, not {self.size}"
+                "a fused step reads weights that lie row after row from a multiple of 16 bytes on"
             )
         self.device = self.values.device
         bias = layer.bias
@@ -227,6 +229,11 @@ class _Part:
             scales[0] = self.weight.scale.data_ptr()
         bias = 0 if self.bias is None else self.bias.data_ptr()
         return [self.values.data_ptr(), *scales, bias, self.a.data_ptr(), self.b.data_ptr()]
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether kernels may read it by its address."""
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def _weight(layer: Any) -> Any:

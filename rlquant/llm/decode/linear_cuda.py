@@ -164,11 +164,11 @@ def linear_kernel(
 
     ``x``: ``[rows, 64 blocks]``; ``out``: ``[rows, width]``. Without ADDS, ``x`` lacks the factor of its norm, which
     is that of ``squares``: float32 ``[rows, tiles]``, at most NORM tiles; where ``x`` is of another dtype than ``out``
-    it gets the factor before it is rounded to that, else after the product. ADDS: ``normed``: ``[rows, width]``, without
-    that factor, and ``squares`` are written for the next norm, of the weights ``norm``: ``[width]``. ``table``: see
-    :data:`FIELDS`; a tile's gate is before its partner. ``parts``: float32 scratch. ``arrived``: int32, zeros, one for
-    each tile and group of rows, and zeros again afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT parts are all.
-    KIND: 0 dense, 1 NF4, 2 int8 with a scale for each output.
+    it gets the factor before it is rounded to that, else after the product. ADDS: ``normed``: ``[rows, width]``,
+    without that factor, and ``squares`` are written for the next norm, of the weights ``norm``: ``[width]``.
+    ``table``: see :data:`FIELDS`; a tile's gate is before its partner. ``parts``: float32 scratch. ``arrived``: int32,
+    zeros, one for each tile and group of rows, and zeros again afterwards. A part is BLOCKS blocks of 64 inputs; SPLIT
+    parts are all. KIND: 0 dense, 1 NF4, 2 int8 with a scale for each output.
     """
     tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = group * ROWS + tl.arange(0, ROWS)
