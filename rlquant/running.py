@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlquant import catalog
 from rlquant.errors import InputError, unknown_name
@@ -91,7 +91,7 @@ def find_recipe(name: str, settings: str | None = None) -> Recipe:
 
 
 def run_recipe(name: str, settings: str | None, overrides: Sequence[str], out: Path | None) -> int:
-    """Check the settings and run the recipe in its folder; its exit status."""
+    """Check the settings and run the recipe in its folder; its exit status, where it is alone: it ends here if not."""
     recipe = find_recipe(name, settings)
     module, config = recipe.config(overrides)
     determined = {
@@ -106,7 +106,23 @@ def run_recipe(name: str, settings: str | None, overrides: Sequence[str], out: P
             f"{recipe.script.stem} runs in one process, not in {processes}: start it without accelerate or torchrun"
         )
     folder = RunFolder(out or Path("runs") / recipe.name, determined, writes=rank == 0)
-    return int(module.main(config, folder) or 0)
+    if processes == 1:
+        return int(module.main(config, folder) or 0)
+    try:
+        status = int(module.main(config, folder) or 0)
+    except SystemExit as ended:  # of all but the first
+        status = int(ended.code or 0)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End one process of several without the interpreter's shutdown.
+
+    It waits for the threads of every library, and one that never ended would hold up all the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def validate(path: Path) -> None:

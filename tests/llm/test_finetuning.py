@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -104,6 +105,22 @@ def test_dpo_learns_what_is_preferred(rlquant: Run, folder: Path, pairs: Path, t
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the adapter starts as no change
 
 
+def ended(command: list[str], *, seconds: float) -> tuple[int, str]:
+    """Exit status and errors of a command of several processes; they tell where they are if it does not end."""
+    speaks = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=speaks
+    ) as process:
+        try:
+            err = process.communicate(timeout=seconds)[1]
+        except subprocess.TimeoutExpired:
+            leader = psutil.Process(process.pid)
+            for each in (*leader.children(recursive=True), leader):
+                each.send_signal(signal.SIGABRT)
+            err = process.communicate()[1]
+        return process.returncode, err
+
+
 @pytest.mark.slow
 def test_two_processes_learn_as_one_with_their_batches(
     rlquant: Run, folder: Path, pairs: Path, tmp_path: Path
@@ -115,9 +132,9 @@ def test_two_processes_learn_as_one_with_their_batches(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "rlquant", "run", "dpo-qlora", *settings, "train.batch=4",
                "--out", str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 4 of 4") == 1  # one of them speaks
+    status, err = ended(command, seconds=300)
+    assert status == 0, err
+    assert err.count("step 4 of 4") == 1  # one of them speaks
     one, two = (results(tmp_path / name) for name in ("alone", "two"))
     np.testing.assert_allclose(two["training"]["losses"], one["training"]["losses"], rtol=1e-5)
     assert two["training"]["losses"][0] != two["training"]["losses"][-1]
