@@ -229,9 +229,9 @@ def _go_on_alone(trainer: Any) -> None:
     if trainer.args.world_size == 1:
         return
     trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()  # of NCCL all have to
     if not trainer.is_world_process_zero():
         raise SystemExit(0)
-    torch.distributed.destroy_process_group()
 
 
 class _StopAtCtrlC(TrainerCallback, CtrlC):
