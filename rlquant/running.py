@@ -106,13 +106,15 @@ def run_recipe(name: str, settings: str | None, overrides: Sequence[str], out: P
             f"{recipe.script.stem} runs in one process, not in {processes}: start it without accelerate or torchrun"
         )
     folder = RunFolder(out or Path("runs") / recipe.name, determined, writes=rank == 0)
-    if processes == 1:
-        return int(module.main(config, folder) or 0)
     try:
         status = int(module.main(config, folder) or 0)
-    except SystemExit as ended:  # of all but the first
-        status = int(ended.code or 0)
-    _leave(status)
+    except SystemExit as ended:  # without a code: all processes but the first, which have nothing left to do
+        if processes == 1 or ended.code:
+            raise
+        status = 0
+    if processes > 1:
+        _leave(status)
+    return status
 
 
 def _leave(status: int) -> NoReturn:

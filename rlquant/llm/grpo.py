@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from rlquant.llm.engine_sampler import EngineSampler
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.rollout import eos_ids
 from rlquant.llm.sampling import Rollouts, Sampling
+from rlquant.quant import eval_mode
 
 __all__ = ["EngineGRPOTrainer", "EngineRollouts", "GRPORollouts", "sampling_arguments"]
 
@@ -80,27 +82,24 @@ class EngineRollouts:
         cache: str | None = None,
     ) -> None:
         self._lm, self._seed, self._ends = lm, seed, eos_ids(lm)
-        self._settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "sampling": Sampling(temperature),
-            "dense": dense,
-            "cache": cache,
-        }
+        self._sampler_of = partial(
+            EngineSampler,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature),
+            dense=dense,
+            cache=cache,
+        )
         self._sampler: EngineSampler | None = None
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """What TRL asks of a ``rollout_func``."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self._sampler is None:
-            self._sampler = EngineSampler(model, **self._settings)
+            self._sampler = self._sampler_of(model)
         ids = [self._lm.tokens(prompt) for prompt in prompts]
         turn = f"{self._seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}"
-        was_training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             made = self._sampler(ids, stop=self._ends, seed=zlib.crc32(turn.encode()))
-        finally:
-            model.train(was_training)
         return {
             "prompt_ids": ids,
             "completion_ids": [each.ids for each in made],

@@ -21,6 +21,7 @@ from rlquant.llm.load import transformers_module
 from rlquant.llm.model import LanguageModel
 from rlquant.llm.reward_model import right_padded, write_reward_model
 from rlquant.llm.training import ADAPTER
+from rlquant.quant import eval_mode
 
 __all__ = ["pair_rewards", "pair_texts", "reward_trainer", "save_trained_reward"]
 
@@ -56,19 +57,17 @@ def pair_rewards(
     model: Any, lm: LanguageModel, texts: Sequence[Mapping[str, str]], *, batch: int = 8
 ) -> NDArray[np.float64]:
     """Scores of the chosen and the rejected text of each pair, float64 ``[n, 2]``."""
-    was_training = model.training
-    model.eval()
     every = [text[key] for text in texts for key in ("chosen", "rejected")]
     scores: list[float] = []
-    for start in range(0, len(every), batch):
-        read = [
-            [*lm.tokens(text), lm.tokenizer.eos_token_id][-lm.longest :]
-            for text in every[start : start + batch]
-        ]
-        ids, mask = right_padded(read, lm.device)
-        ids = ids.masked_fill(~mask, lm.tokenizer.pad_token_id)
-        scores += model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].double().tolist()
-    model.train(was_training)
+    with eval_mode(model):
+        for start in range(0, len(every), batch):
+            read = [
+                [*lm.tokens(text), lm.tokenizer.eos_token_id][-lm.longest :]
+                for text in every[start : start + batch]
+            ]
+            ids, mask = right_padded(read, lm.device)
+            ids = ids.masked_fill(~mask, lm.tokenizer.pad_token_id)
+            scores += model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].double().tolist()
     return np.array(scores).reshape(-1, 2)
 
 

@@ -11,6 +11,7 @@
 
 from rlquant.quant.affine import QParams, dequantize, fake_quantize, qparams_from_range, quantize
 from rlquant.quant.bench import Bench
+from rlquant.quant.calibrate import eval_mode
 from rlquant.quant.embedding import QuantEmbedding
 from rlquant.quant.formats import FORMATS, Format, get_format, unsigned
 from rlquant.quant.granularity import Granularity
@@ -67,6 +68,7 @@ __all__ = [
     "dequantize",
     "device_of",
     "empty_layer",
+    "eval_mode",
     "fake_quantize",
     "find_links",
     "fold_scale_",

@@ -16,7 +16,15 @@ from rlquant.quant.observers import Observer
 from rlquant.quant.recurrent import run_float_layers
 from rlquant.quant.scheme import Scheme
 
-__all__ = ["Calibration", "InputStatistic", "Pass", "RangeStatistic", "run_calibration", "run_passes"]
+__all__ = [
+    "Calibration",
+    "InputStatistic",
+    "Pass",
+    "RangeStatistic",
+    "eval_mode",
+    "run_calibration",
+    "run_passes",
+]
 
 Calibration = Iterable[Any] | Tensor
 
@@ -95,7 +103,7 @@ def run_passes(
     """
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
     count = 0
-    with torch.no_grad(), _eval_mode(module):
+    with torch.no_grad(), eval_mode(module):
         for batch in batches:
             for each in passes:
                 with _hooks(layers, each):
@@ -147,7 +155,7 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for every part, and each part's own mode back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

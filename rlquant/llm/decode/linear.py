@@ -17,7 +17,7 @@ from rlquant.llm.decode.overlap_cuda import has_ptx, overlap
 from rlquant.llm.fused_nf4 import is_nf4
 from rlquant.quant import QuantizedWeight, QuantLinear, Scheme
 
-__all__ = ["FusedLinear", "Hidden", "Scratch", "is_plain", "row_height"]
+__all__ = ["FusedLinear", "Hidden", "Scratch", "refuse_scattered", "row_height"]
 
 _DENSE, _NF4, _INT8 = 0, 1, 2
 _INT8_SCHEME = Scheme.parse("int8")
@@ -195,10 +195,7 @@ class _Part:
         self.values = self.weight.codes if isinstance(self.weight, QuantizedWeight) else self.weight
         if self.size % 64:
             raise InputError(f"a fused step needs inputs of a multiple of 64, not {self.size}")
-        if not is_plain(self.values):
-            raise InputError(
-                "a fused step reads weights that lie row after row from a multiple of 16 bytes on"
-            )
+        refuse_scattered(self.values)
         self.device = self.values.device
         bias = layer.bias
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -231,9 +228,10 @@ class _Part:
         return [self.values.data_ptr(), *scales, bias, self.a.data_ptr(), self.b.data_ptr()]
 
 
-def is_plain(weight: Tensor) -> bool:
-    """Whether kernels may read it by its address."""
-    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
+def refuse_scattered(weight: Tensor) -> None:
+    """Raises InputError where kernels cannot read it by its address."""
+    if not weight.is_contiguous() or weight.data_ptr() % 16:
+        raise InputError("a fused step reads weights that lie row after row from a multiple of 16 bytes on")
 
 
 def _weight(layer: Any) -> Any:

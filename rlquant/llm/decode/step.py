@@ -16,7 +16,7 @@ from triton.errors import TritonError
 from rlquant.errors import InputError
 from rlquant.llm.decode.attend_cuda import attend_kernel
 from rlquant.llm.decode.cache import CACHES, StaticCache
-from rlquant.llm.decode.linear import FusedLinear, Hidden, Scratch, is_plain, row_height
+from rlquant.llm.decode.linear import FusedLinear, Hidden, Scratch, refuse_scattered, row_height
 from rlquant.llm.decode.overlap_cuda import overlap
 from rlquant.llm.decode.sample_cuda import FOUND, choose_kernel, head_kernel
 from rlquant.llm.decoding import Decoder, State
@@ -62,8 +62,7 @@ class FusedStep:
         dtype, config = decoder.dtype, decoder.model.config
         if type(head) is not nn.Linear or head.weight.dtype != dtype or _has_bias(head):
             raise InputError(f"there is no fused step for a head of {type(head).__name__}")
-        if not is_plain(head.weight):
-            raise InputError("a fused step reads the head's weights row after row")
+        refuse_scattered(head.weight)
         if type(decoder.embeddings) is not nn.Embedding:
             raise InputError(f"there is no fused step for embeddings of {type(decoder.embeddings).__name__}")
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
